@@ -52,9 +52,9 @@ def save_encoder(folder: Path, family: str, head: str = "Model", **config: Any) 
     sizes = _DISTILBERT if family == "DistilBert" else _SIZES
     ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2} if family in _LIKE_ROBERTA else {"pad_token_id": 0}
     options = {**sizes, **ids, "initializer_range": 0.2, "vocab_size": _save_tokenizer(folder, family), **config}
-    made = getattr(transformers, f"{family}Config")(**options)
+    result = getattr(transformers, f"{family}Config")(**options)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}{head}")(made)
+    model = getattr(transformers, f"{family}{head}")(result)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases too: a swapped one is invisible where all are alike

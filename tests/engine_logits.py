@@ -50,7 +50,7 @@ def engine_logits(
             greedy = worker.runner.greedy(hidden, message.sampled_rows)
         assert logits is not None
         assert torch.equal(logits.gather(1, greedy.long().unsqueeze(1)), logits.amax(1, keepdim=True))
-        chosen = [batch.sequences[place] for place in batch.sampled]
+        chosen = [batch.sequences[index] for index in batch.sampled]
         for row, sequence in enumerate(chosen):
             if sequence.output_len > 0:
                 # a copy here, too

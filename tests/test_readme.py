@@ -208,8 +208,8 @@ def walk(tmp_path: Path) -> Iterator[Walk]:
             no_proxy="localhost,127.0.0.1",
         )
         environment.pop("HASTEN_CLUSTER", None)
-        made = Walk(tmp_path, environment)
-        yield made
+        result = Walk(tmp_path, environment)
+        yield result
     for process in psutil.process_iter():
         try:
             if process.environ().get("HASTEN_HOME") == environment["HASTEN_HOME"]:

@@ -46,9 +46,9 @@ def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
 def texts(folder: Path) -> dict[str, list[str]]:
     """custom_id -> the texts of its choices; no id may be there twice."""
     found = lines(folder, "results")
-    made = {line["custom_id"]: [choice["text"] for choice in line["response"]["body"]["choices"]] for line in found}
-    assert len(made) == len(found)
-    return made
+    result = {line["custom_id"]: [choice["text"] for choice in line["response"]["body"]["choices"]] for line in found}
+    assert len(result) == len(found)
+    return result
 
 
 def run(source: Path, output: Path, engine: SimulatedEngine | None = None, **options: Any) -> BatchSummary:

@@ -70,8 +70,8 @@ def test_vllm_gets_all_texts_as_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise ValueError("no such\nmodel")
 
         def embed(self, prompts: list[Any], use_tqdm: bool) -> list[Any]:
-            made = [[float(prompt["prompt_token_ids"][0]), 0.0] for prompt in prompts]
-            return [SimpleNamespace(outputs=SimpleNamespace(embedding=each)) for each in made]
+            result = [[float(prompt["prompt_token_ids"][0]), 0.0] for prompt in prompts]
+            return [SimpleNamespace(outputs=SimpleNamespace(embedding=each)) for each in result]
 
     package = ModuleType("vllm")
     package.LLM = Llm  # type: ignore[attr-defined]

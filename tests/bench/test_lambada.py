@@ -98,8 +98,8 @@ class Oracle:
         answers = {tuple(sample.prompt_ids): list(sample.target_ids) for sample in self.samples}
         for index in self.wrong:
             answers[tuple(self.samples[index].prompt_ids)][-1] = 0
-        made = [(answers[tuple(p)] + [9] * n)[:n] for p, n in zip(prompts, lengths, strict=True)]
-        return Generation(made, seconds=1.5)
+        output = [(answers[tuple(p)] + [9] * n)[:n] for p, n in zip(prompts, lengths, strict=True)]
+        return Generation(output, seconds=1.5)
 
 
 @pytest.fixture

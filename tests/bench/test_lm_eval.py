@@ -53,9 +53,9 @@ def model() -> Iterator[Any]:
             patch.setitem(sys.modules, name, module)
         import hasten.bench.lm_eval  # noqa: F401 - it registers the model
 
-        made = REGISTERED["hasten"](str(DEMO), device="cpu", batch_size=1, max_length=64)
-        yield made
-        made.llm.close()
+        result = REGISTERED["hasten"](str(DEMO), device="cpu", batch_size=1, max_length=64)
+        yield result
+        result.llm.close()
         del sys.modules["hasten.bench.lm_eval"]
 
 
@@ -74,7 +74,7 @@ def theirs() -> Callable[[list[int]], torch.Tensor]:
 
 def scored(theirs: Callable[[list[int]], torch.Tensor], context: list[int], tokens: list[int]) -> tuple[float, bool]:
     rows = theirs([*context, *tokens])[len(context) - 1 : -1]
-    return sum(rows[place, token].item() for place, token in enumerate(tokens)), rows.argmax(-1).tolist() == tokens
+    return sum(rows[index, token].item() for index, token in enumerate(tokens)), rows.argmax(-1).tolist() == tokens
 
 
 def request(*arguments: Any) -> SimpleNamespace:
@@ -86,9 +86,13 @@ def test_log_likelihoods_are_those_of_transformers(model: Any, theirs: Callable[
     whole = encode(TEXT)
     assert model.tok_encode(TEXT) == whole
     greedy = theirs(whole[:12])[-1].argmax().item()
-    asked = [(("a", "b"), whole[:12], whole[12:]), (None, whole[:12], [greedy]), (None, [model.prefix_token_id], whole)]
-    found = model._loglikelihood_tokens(asked, disable_tqdm=True)
-    for (_, context, tokens), (logprob, is_greedy) in zip(asked, found, strict=True):
+    requested = [
+        (("a", "b"), whole[:12], whole[12:]),
+        (None, whole[:12], [greedy]),
+        (None, [model.prefix_token_id], whole),
+    ]
+    found = model._loglikelihood_tokens(requested, disable_tqdm=True)
+    for (_, context, tokens), (logprob, is_greedy) in zip(requested, found, strict=True):
         expected, was_greedy = scored(theirs, context, tokens)
         assert logprob == pytest.approx(expected, abs=1e-4)
         assert is_greedy == was_greedy

@@ -112,8 +112,11 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_reports_are_plain_json(tmp_path: Path) -> None:
-    made = {"environment": report.environment(torch.device("cpu"), torch.bfloat16), "results": [report.Spread(1, 2, 3)]}
-    report.write_json(str(tmp_path / "report.json"), made)
+    fields = {
+        "environment": report.environment(torch.device("cpu"), torch.bfloat16),
+        "results": [report.Spread(1, 2, 3)],
+    }
+    report.write_json(str(tmp_path / "report.json"), fields)
     read = json.loads((tmp_path / "report.json").read_text())
     assert read["results"] == [{"best": 1, "p50": 2, "p99": 3}]
     assert read["environment"]["dtype"] == "bfloat16"

@@ -60,9 +60,9 @@ def test_continuous_batches_have_the_tokens_of_padded_ones(make_model: Callable[
     engine = ContinuousEngine(padded)
     few = engine.generate(PROMPTS[:1], LENGTHS[:1])  # the cache has to grow for the others
     assert few.token_ids == padded.generate(PROMPTS[:1], LENGTHS[:1]).token_ids
-    made = engine.generate(PROMPTS, LENGTHS)
-    assert made.token_ids == padded.generate(PROMPTS, LENGTHS).token_ids
-    assert 0 < made.seconds < math.inf
+    outputs = engine.generate(PROMPTS, LENGTHS)
+    assert outputs.token_ids == padded.generate(PROMPTS, LENGTHS).token_ids
+    assert 0 < outputs.seconds < math.inf
 
 
 def test_models_and_sampling_that_continuous_batching_does_not_support(

@@ -98,9 +98,9 @@ def test_engine_and_servers_take_turns(llm: LLM, server: Served) -> None:
         "3 streams at once",
         ["hasten, gRPC", "hasten, OpenAI's API"],
     )
-    for one in (single, at_once, streams):
-        for caller, ratio in one.ratios.items():
-            assert ratio == pytest.approx(one.values[caller].p50 / one.values["engine"].p50)
+    for each in (single, at_once, streams):
+        for caller, ratio in each.ratios.items():
+            assert ratio == pytest.approx(each.values[caller].p50 / each.values["engine"].p50)
     assert server.start_s > 0
 
 
@@ -160,7 +160,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert form_errors(found) == []
     assert found["start_s"] > 0
-    assert [one["name"] for one in found["results"]] == ["one request", "2 requests at once", "2 streams at once"]
+    assert [each["name"] for each in found["results"]] == ["one request", "2 requests at once", "2 streams at once"]
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,27 +9,27 @@ from hasten.core.errors import ConfigError
 def test_lambada_lengths_are_those_that_peers_are_measured_with() -> None:
     rng = random.Random(0)
     lengths = [min(230, max(20, round(rng.gauss(87, 25)))) for _ in range(5153)]
-    made = workloads.lambada()
-    assert list(made.prompt_lengths) == lengths
-    assert set(made.output_lengths) == {4}
-    assert workloads.lambada(64).prompt_lengths == made.prompt_lengths[:64]
+    result = workloads.lambada()
+    assert list(result.prompt_lengths) == lengths
+    assert set(result.output_lengths) == {4}
+    assert workloads.lambada(64).prompt_lengths == result.prompt_lengths[:64]
 
 
 def test_tput_lengths_are_those_that_peers_are_measured_with() -> None:
     rng = random.Random(0)
     inputs = [rng.randint(100, 1024) for _ in range(1000)]
     outputs = [rng.randint(100, 1024) for _ in range(1000)]
-    made = workloads.tput()
-    assert list(made.prompt_lengths) == inputs
-    assert list(made.output_lengths) == outputs
-    assert made.max_len <= 2048
+    result = workloads.tput()
+    assert list(result.prompt_lengths) == inputs
+    assert list(result.output_lengths) == outputs
+    assert result.max_len <= 2048
 
 
 def test_mixed_is_small() -> None:
-    made = workloads.mixed()
-    assert len(made.prompt_lengths) == 64
-    assert min(made.prompt_lengths + made.output_lengths) >= 16
-    assert max(made.prompt_lengths + made.output_lengths) <= 256
+    result = workloads.mixed()
+    assert len(result.prompt_lengths) == 64
+    assert min(result.prompt_lengths + result.output_lengths) >= 16
+    assert max(result.prompt_lengths + result.output_lengths) <= 256
 
 
 def test_outputs_are_cut_to_the_longest_sequence() -> None:
@@ -38,10 +38,10 @@ def test_outputs_are_cut_to_the_longest_sequence() -> None:
 
 @pytest.mark.parametrize("vocab_size", [2, 20, 21, 250_880])
 def test_prompts_are_tokens_of_the_vocabulary(vocab_size: int) -> None:
-    made = workloads.fixed(3, 50, 2).prompts(vocab_size, random.Random(1))
-    assert [len(prompt) for prompt in made] == [50, 50, 50]
-    assert all(0 <= token < vocab_size for prompt in made for token in prompt)
-    assert made != workloads.fixed(3, 50, 2).prompts(vocab_size, random.Random(2))
+    prompts = workloads.fixed(3, 50, 2).prompts(vocab_size, random.Random(1))
+    assert [len(prompt) for prompt in prompts] == [50, 50, 50]
+    assert all(0 <= token < vocab_size for prompt in prompts for token in prompt)
+    assert prompts != workloads.fixed(3, 50, 2).prompts(vocab_size, random.Random(2))
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -71,8 +71,8 @@ def ft_files() -> Callable[[Path, int, str], Bytes]:
             if axis is None:
                 files[f"model.{ft_name}.bin"] = whole.tobytes()
                 continue
-            for rank, share in enumerate(np.split(whole, ranks, axis=axis)):
-                files[f"model.{ft_name}.{rank}.bin"] = share.tobytes()
+            for rank, shard in enumerate(np.split(whole, ranks, axis=axis)):
+                files[f"model.{ft_name}.{rank}.bin"] = shard.tobytes()
         return files
 
     return make
@@ -126,20 +126,20 @@ def as_bin(copy_of: Callable[[Path], Path]) -> Callable[..., Path]:
 
     def make(folder: Path, shards: int = 1, legacy: bool = False, **more: Tensor) -> Path:
         state = _state_of(folder) | more
-        made = copy_of(folder)
-        (made / "model.safetensors").unlink()
+        result = copy_of(folder)
+        (result / "model.safetensors").unlink()
         zipped = not legacy
         if shards == 1:
-            torch.save(state, made / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-            return made
+            torch.save(state, result / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+            return result
         names = [f"pytorch_model-{index + 1:05d}-of-{shards:05d}.bin" for index in range(shards)]
         where = {name: names[index % shards] for index, name in enumerate(state)}
         for file in names:
             part = {name: tensor.clone() for name, tensor in state.items() if where[name] == file}
-            torch.save(part, made / file, _use_new_zipfile_serialization=zipped)
+            torch.save(part, result / file, _use_new_zipfile_serialization=zipped)
         index_file = {"metadata": {}, "weight_map": where}
-        (made / "pytorch_model.bin.index.json").write_text(json.dumps(index_file), encoding="utf-8")
-        return made
+        (result / "pytorch_model.bin.index.json").write_text(json.dumps(index_file), encoding="utf-8")
+        return result
 
     return make
 
@@ -151,11 +151,11 @@ def as_shards(copy_of: Callable[[Path], Path]) -> Callable[..., Path]:
     def make(folder: Path, shard_bytes: int = 100_000) -> Path:
         from transformers import BloomForCausalLM
 
-        made = copy_of(folder)
-        (made / "model.safetensors").unlink()
-        BloomForCausalLM.from_pretrained(folder).save_pretrained(made, max_shard_size=shard_bytes)
-        assert len(list(made.glob("model-*.safetensors"))) > 2
-        return made
+        result = copy_of(folder)
+        (result / "model.safetensors").unlink()
+        BloomForCausalLM.from_pretrained(folder).save_pretrained(result, max_shard_size=shard_bytes)
+        assert len(list(result.glob("model-*.safetensors"))) > 2
+        return result
 
     return make
 
@@ -168,10 +168,10 @@ def resaved(copy_of: Callable[[Path], Path]) -> Callable[..., Path]:
         from safetensors.torch import save_file
 
         state = _state_of(folder)
-        made = copy_of(folder)
+        result = copy_of(folder)
         change(state)
-        save_file(state, made / "model.safetensors", metadata={"format": "pt"})
-        return made
+        save_file(state, result / "model.safetensors", metadata={"format": "pt"})
+        return result
 
     return make
 

@@ -107,15 +107,15 @@ def as_in_files(state: State, config: ModelConfig) -> State:
     """A rank's tensors without what the files lack: rows of positions that no token has, and the projections of narrow
     embeddings, which are multiplied into embedding and head.
     """
-    made = dict(state)
+    result = dict(state)
     if config.position_offset:
-        made["embedding.positions"] = made["embedding.positions"].clone()
-        made["embedding.positions"][: config.position_offset] = 0
+        result["embedding.positions"] = result["embedding.positions"].clone()
+        result["embedding.positions"][: config.position_offset] = 0
     if config.embedding_size is not None:
-        into, out = made.pop("embedding.projection.weight"), made.pop("project_out.weight")
-        narrow = made["embedding.weight"]
-        made |= {"embedding.weight": narrow @ into.t(), "head.weight": made.get("head.weight", narrow) @ out}
-    return made
+        into, out = result.pop("embedding.projection.weight"), result.pop("project_out.weight")
+        narrow = result["embedding.weight"]
+        result |= {"embedding.weight": narrow @ into.t(), "head.weight": result.get("head.weight", narrow) @ out}
+    return result
 
 
 def assert_loads_as(folder: Path, source: Path, size: int) -> None:
@@ -154,8 +154,8 @@ def test_every_byte_is_as_documented(model: str, source: Path, ranks: int, dtype
     products = ("model.wte.bin", "model.lm_head.weight.bin") if "word_embed_proj_dim" in MODELS[model][1] else ()
     assert [name for name in found if name not in products and found[name] != expected[name]] == []
     for name in products:
-        one, other = (np.frombuffer(files[name], TYPES[dtype]).astype(np.float32) for files in (found, expected))
-        np.testing.assert_allclose(one, other, rtol=1e-3 if dtype == "fp16" else 1e-5, atol=1e-5)
+        each, other = (np.frombuffer(files[name], TYPES[dtype]).astype(np.float32) for files in (found, expected))
+        np.testing.assert_allclose(each, other, rtol=1e-3 if dtype == "fp16" else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -130,9 +130,9 @@ def test_large_checkpoints_are_several_files(
     assert (whole.tensors, whole.bytes_after < whole.bytes_before) == (7, True)
     monkeypatch.setattr(quantize, "_FILE_BYTES", whole.bytes_after // 3)
     assert nearest(folder, tmp_path / "out", "int8") == whole
-    one, other = open_source(tmp_path / "out"), open_source(tmp_path / "whole")
-    assert len(one.files) == 2
-    assert all(torch.equal(one.shard(spec, 0, 1), other.shard(spec, 0, 1)) for spec in one.specs)
+    first, other = open_source(tmp_path / "out"), open_source(tmp_path / "whole")
+    assert len(first.files) == 2
+    assert all(torch.equal(first.shard(spec, 0, 1), other.shard(spec, 0, 1)) for spec in first.specs)
 
 
 def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:

@@ -39,13 +39,13 @@ def _text(out: Path, ranks: int = 2) -> str:
 
 
 def test_exchange_is_one_step(tmp_path: Path) -> None:
-    one, other = _folder(tmp_path / "one", a="1"), _folder(tmp_path / "other", b="2")
-    if not exchange(one, other):
+    first, other = _folder(tmp_path / "one", a="1"), _folder(tmp_path / "other", b="2")
+    if not exchange(first, other):
         pytest.skip("this file system cannot exchange two folders")
-    assert (one / "b").exists()
+    assert (first / "b").exists()
     assert (other / "a").exists()
     with pytest.raises(FileNotFoundError):
-        exchange(one, tmp_path / "nothing")
+        exchange(first, tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("atomic", [True, False])

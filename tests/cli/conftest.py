@@ -61,7 +61,7 @@ def hasten_process() -> Hasten:
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> MemoryBackend:
     """The backend that `hasten cluster` asks, for this test: in memory."""
-    made = MemoryBackend()
-    monkeypatch.setitem(cluster_backend.BACKENDS, "local", lambda args: made)
+    backend = MemoryBackend()
+    monkeypatch.setitem(cluster_backend.BACKENDS, "local", lambda args: backend)
     monkeypatch.delenv("HASTEN_CLUSTER", raising=False)
-    return made
+    return backend

@@ -67,19 +67,19 @@ class MemoryBackend(Backend):
         ]
 
     def submit(self, job: TrainingJob) -> None:
-        if any(one.name == job.name for one in self.submitted):
+        if any(each.name == job.name for each in self.submitted):
             raise ExistsError(
                 f"there is a job {job.name} in {job.namespace} already; delete it, or choose another name"
             )
         self.submitted.append(job)
 
     def jobs(self, namespace: str | None) -> list[Job]:
-        return [one for one in self.job_records if namespace in (None, one.namespace)]
+        return [job_record for job_record in self.job_records if namespace in (None, job_record.namespace)]
 
     def job(self, name: str, namespace: str) -> Job:
-        for one in self.jobs(namespace):
-            if one.name == name:
-                return one
+        for each in self.jobs(namespace):
+            if each.name == name:
+                return each
         raise NotFoundError(f"there is no job {name} in namespace {namespace}")
 
     def delete_job(self, name: str, namespace: str) -> None:
@@ -105,10 +105,10 @@ class MemoryBackend(Backend):
         self.made_volumes.append(volume)
 
     def volumes(self, namespace: str | None) -> list[VolumeRecord]:
-        return [one for one in self.volume_records if namespace in (None, one.namespace)]
+        return [volume_record for volume_record in self.volume_records if namespace in (None, volume_record.namespace)]
 
     def delete_volume(self, name: str, namespace: str) -> None:
-        found = [one for one in self.volumes(namespace) if one.name == name]
+        found = [each for each in self.volumes(namespace) if each.name == name]
         if not found:
             raise NotFoundError(f"there is no volume {name} in namespace {namespace}")
         self.volume_records.remove(found[0])
@@ -123,10 +123,10 @@ class MemoryBackend(Backend):
         self.asked.append((name, version, namespace, update))
 
     def servers(self, namespace: str | None) -> list[Server]:
-        return [one for one in self.server_records if namespace in (None, one.namespace)]
+        return [server_record for server_record in self.server_records if namespace in (None, server_record.namespace)]
 
     def server(self, name: str, version: str | None, namespace: str) -> Server:
-        found = [one for one in self.servers(namespace) if one.name == name and version in (None, one.version)]
+        found = [each for each in self.servers(namespace) if each.name == name and version in (None, each.version)]
         if len(found) > 1:
             raise ConfigError(f"server {name} has several versions; choose one with --version")
         if not found:

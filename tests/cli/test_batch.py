@@ -27,9 +27,9 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 def texts(out: Path) -> dict[str, str]:
     found = [json.loads(line) for file in out.glob("results-*.jsonl") for line in file.read_text().splitlines()]
-    made = {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in found}
-    assert len(made) == len(found)
-    return made
+    result = {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in found}
+    assert len(result) == len(found)
+    return result
 
 
 def test_results_are_those_of_generate(tiny_bloom: Path, hasten_here: "Hasten", tmp_path: Path) -> None:

@@ -51,14 +51,17 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 def all_paths() -> list[list[str]]:
     """Of cluster's verbs, without aliases and those that are refused."""
     cluster = subparsers(build_parser())["cluster"]
-    return [path.split() for path in sorted({one.prog.removeprefix("hasten ") for one in descendants(cluster)})]
+    return [
+        path.split()
+        for path in sorted({descendant.prog.removeprefix("hasten ") for descendant in descendants(cluster)})
+    ]
 
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     if isinstance(parser, VerbParser):
         parser.filled()
-    actions = [one for one in parser._actions if isinstance(one, argparse._SubParsersAction)]
-    return {name: child for one in actions for name, child in one.choices.items() if child.add_help}
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return {name: child for action in actions for name, child in action.choices.items() if child.add_help}
 
 
 def descendants(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
@@ -153,13 +156,13 @@ def test_log_level() -> None:
         "sys.exit(main(['cluster', 'whoami', *sys.argv[1:]]))"
     )
     root = Path(__file__).parents[2]
-    for level, told in ((None, ""), ("warn", ""), ("info", "INFO hasten.cluster: asked\n"), ("debug", "INFO ")):
+    for level, message in ((None, ""), ("warn", ""), ("info", "INFO hasten.cluster: asked\n"), ("debug", "INFO ")):
         argv = [] if level is None else ["--loglevel", level]
         command = [sys.executable, "-c", code, "--cluster", "local", *argv]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-        assert (done.stdout, done.stderr.startswith(told)) == ("somebody\n", True)
+        assert (done.stdout, done.stderr.startswith(message)) == ("somebody\n", True)
         assert "secret" not in done.stderr
-        assert bool(told) == bool(done.stderr)
+        assert bool(message) == bool(done.stderr)
     assert logging.getLogger("hasten").level == logging.NOTSET
 
 

@@ -62,7 +62,7 @@ def test_list(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> Non
             "other      v          ReadOnlyMany  the model    ann    5d",
         ]
     assert cluster("data", "list", "-o", "json", "-n", "other") == 0
-    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == ["v"]
+    assert [load["name"] for load in json.loads(capsys.readouterr().out)] == ["v"]
 
 
 def test_delete(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def test_top_node(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) ->
         "Allocated/Total GPUs In Cluster: 1/3 (33.3%)",
     ]
     assert cluster("top", "node", "n2", "-o", "json") == 0
-    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == ["n2"]
+    assert [load["name"] for load in json.loads(capsys.readouterr().out)] == ["n2"]
 
 
 def jobs() -> list[Job]:

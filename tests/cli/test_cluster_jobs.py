@@ -238,7 +238,7 @@ def test_list_for_programs(backend: MemoryBackend, capsys: pytest.CaptureFixture
     backend.job_records = two_jobs()
     assert cluster("list", "-A", "-o", "json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in found] == ["convert-bloom", "compare", "waits"]
+    assert [each["name"] for each in found] == ["convert-bloom", "compare", "waits"]
     first = found[0]
     assert (first["status"], first["trainer"], first["created"]) == ("SUCCEEDED", "PYTORCHJOB", "2026-08-01T12:00:00Z")
     assert (first["duration"], first["priority"], first["instances"][0]["node"]) == (200.0, None, "192.168.123.35")
@@ -432,4 +432,4 @@ def test_prune(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == "no job ended more than 7d ago\n"
     assert cluster("prune", "-A", "-s", "7d") == 0
     assert capsys.readouterr().out == "job other/elsewhere is deleted\n"
-    assert [one.name for one in backend.job_records] == ["young", "runs"]
+    assert [job_record.name for job_record in backend.job_records] == ["young", "runs"]

@@ -172,7 +172,7 @@ def test_list(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> Non
         "  RESTFUL:8000,GRPC:8001,METRICS:8002  2",
     ]
     assert cluster("serve", "list", "-o", "json") == 0
-    assert [one["ports"].get("GRPC") for one in json.loads(capsys.readouterr().out)] == [8001, None]
+    assert [load["ports"].get("GRPC") for load in json.loads(capsys.readouterr().out)] == [8001, None]
 
 
 def test_get(backend: MemoryBackend, capsys: pytest.CaptureFixture[str]) -> None:

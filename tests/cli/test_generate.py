@@ -24,10 +24,10 @@ def hf_greedy(folder: Path, prompt: str, count: int) -> list[int]:
     ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.inference_mode():
-        made = model.generate(
+        outputs = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=3
         )
-    tokens: list[int] = made[0, ids.shape[1] :].tolist()
+    tokens: list[int] = outputs[0, ids.shape[1] :].tolist()
     return tokens
 
 
@@ -38,11 +38,11 @@ def objects(out: str) -> list[dict[str, Any]]:
 def test_json_has_the_tokens_that_hugging_face_makes(tiny_bloom: Path, hasten_process: "Hasten") -> None:
     done = hasten_process("generate", tiny_bloom, "--prompt", PROMPT, "--max-new-tokens", "12", "--json")
     assert done.status == 0, done.err
-    (made,) = objects(done.out)
-    assert set(made) == {"prompt", "prompt_token_ids", "token_ids", "text", "finish_reason"}
-    assert made["prompt"] == PROMPT
-    assert made["token_ids"] == hf_greedy(tiny_bloom, PROMPT, 12)
-    assert made["finish_reason"] == "length"
+    (result,) = objects(done.out)
+    assert set(result) == {"prompt", "prompt_token_ids", "token_ids", "text", "finish_reason"}
+    assert result["prompt"] == PROMPT
+    assert result["token_ids"] == hf_greedy(tiny_bloom, PROMPT, 12)
+    assert result["finish_reason"] == "length"
 
 
 def test_prompts_of_all_sources_in_order(
@@ -52,17 +52,17 @@ def test_prompts_of_all_sources_in_order(
     done = hasten_here(
         "generate", tiny_bloom, "--prompt", PROMPT, "--prompts-file", "-", "--json", "--max-new-tokens", "2"
     )
-    assert [made["prompt"] for made in objects(done.out)] == [PROMPT, "Ben found", "Clara opened"]
+    assert [result["prompt"] for result in objects(done.out)] == [PROMPT, "Ben found", "Clara opened"]
 
 
 def test_a_prompt_that_an_encoder_reads_is_not_shown(hasten_here: "Hasten", tmp_path: Path) -> None:
     size = save_tokenizer(tmp_path)
     save_encoder_decoder(tmp_path, "t5", vocab_size=size, decoder_start_token_id=3, eos_token_id=2, pad_token_id=3)
     options = ("generate", tmp_path, "--prompt", PROMPT, "--max-new-tokens", "4")
-    (made,) = objects(hasten_here(*options, "--json").out)
-    assert made["prompt"] == PROMPT
+    (result,) = objects(hasten_here(*options, "--json").out)
+    assert result["prompt"] == PROMPT
     for more in ((), ("--stream",)):
-        assert hasten_here(*options, *more).out == f"{made['text']}\n"
+        assert hasten_here(*options, *more).out == f"{result['text']}\n"
 
 
 def test_prompts_file(tiny_bloom: Path, hasten_here: "Hasten", tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_prompt_of_the_file_ends_at_a_line_feed_alone(
     done = hasten_here(
         "generate", tiny_bloom, "--prompts-file", tmp_path / "prompts", "--json", "--max-new-tokens", "1"
     )
-    assert [made["prompt"] for made in map(json.loads, done.out.rstrip("\n").split("\n"))] == lines
+    assert [result["prompt"] for result in map(json.loads, done.out.rstrip("\n").split("\n"))] == lines
 
 
 def test_logprobs_are_shown_or_refused(tiny_bloom: Path, hasten_here: "Hasten") -> None:
@@ -136,29 +136,29 @@ def test_several_completions_and_logprobs(tiny_bloom: Path, hasten_here: "Hasten
         *("generate", tiny_bloom, "--prompt", PROMPT, "--max-new-tokens", "3", "--json"),
         *("--n", "2", "--temperature", "1", "--seed", "5", "--logprobs", "2", "--prompt-logprobs", "0"),
     )
-    (made,) = objects(done.out)
-    assert len(made["outputs"]) == 2
-    for output in made["outputs"]:
+    (result,) = objects(done.out)
+    assert len(result["outputs"]) == 2
+    for output in result["outputs"]:
         assert len(output["logprobs"]) == 3
         for token, position in zip(output["token_ids"], output["logprobs"], strict=True):
             assert token in [entry["token_id"] for entry in position]
             assert all(entry["logprob"] <= 0 for entry in position)
-    assert made["prompt_logprobs"][0] is None
-    assert len(made["prompt_logprobs"]) == len(made["prompt_token_ids"])
+    assert result["prompt_logprobs"][0] is None
+    assert len(result["prompt_logprobs"]) == len(result["prompt_token_ids"])
 
 
 def test_beams_best_first(tiny_bloom: Path, hasten_here: "Hasten") -> None:
     command = ("generate", tiny_bloom, "--prompt", PROMPT, "--max-new-tokens", "6", "--beam-width", "4")
     done = hasten_here(*command, "--n", "3", "--length-penalty", "0.5", "--json")
     assert done.status == 0, done.err
-    (made,) = objects(done.out)
-    scores = [output["cumulative_logprob"] / len(output["token_ids"]) ** 0.5 for output in made["outputs"]]
+    (result,) = objects(done.out)
+    scores = [output["cumulative_logprob"] / len(output["token_ids"]) ** 0.5 for output in result["outputs"]]
     assert len(scores) == 3
     assert scores == sorted(scores, reverse=True)
     plain = hasten_here(*command, "--n", "3", "--length-penalty", "0.5")
-    assert plain.out == "".join(f"{PROMPT}{output['text']}\n" for output in made["outputs"])
+    assert plain.out == "".join(f"{PROMPT}{output['text']}\n" for output in result["outputs"])
     (best,) = objects(hasten_here(*command, "--length-penalty", "0.5", "--json").out)
-    assert best["token_ids"] == made["outputs"][0]["token_ids"]
+    assert best["token_ids"] == result["outputs"][0]["token_ids"]
 
 
 def test_the_same_seed_gives_the_same_text(tiny_bloom: Path, hasten_here: "Hasten") -> None:
@@ -183,8 +183,8 @@ def test_under_torchrun_only_the_first_rank_prints(tiny_bloom: Path, hasten_proc
         "generate", tiny_bloom, "--prompt", PROMPT, "--max-new-tokens", "12", "--json", launcher=launcher
     )
     assert done.status == 0, done.err
-    (made,) = objects(done.out)
-    assert made["token_ids"] == hf_greedy(tiny_bloom, PROMPT, 12)
+    (result,) = objects(done.out)
+    assert result["token_ids"] == hf_greedy(tiny_bloom, PROMPT, 12)
 
 
 @pytest.mark.parametrize(

@@ -111,11 +111,11 @@ class _Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(report: Report) -> _Page:
-    made = _Page()
-    made.feed(report.source)
-    made.close()
-    assert made.open == []
-    return made
+    result = _Page()
+    result.feed(report.source)
+    result.close()
+    assert result.open == []
+    return result
 
 
 def test_a_run_goes_on_where_the_killed_one_was(report: Report) -> None:

@@ -352,7 +352,7 @@ def parsed(*arguments: str) -> Any:
 
 
 def test_options_are_those_of_tritonserver() -> None:
-    made = parsed(
+    output = parsed(
         *("--model-repository=/models", "--model-store", "/more", "--model-control-mode=explicit"),
         *("--load-model=a", "--load-model", "b", "--http-port", "9000", "--grpc-port=9001", "--metrics-port=9002"),
         *("--http-address=1.2.3.4", "--allow-metrics=false", "--allow-grpc", "--exit-timeout-secs=5"),
@@ -360,15 +360,19 @@ def test_options_are_those_of_tritonserver() -> None:
         *("--repository-poll-secs=3", "--exit-on-error=false", "--id=me", "--disable-auto-complete-config"),
         *("--grpc-keepalive-time=5000",),
     )
-    assert made.model_repository == ("/models", "/more")
-    assert made.repository.load_model == ("a", "b")
-    assert (made.endpoints.http_port, made.endpoints.grpc_port, made.endpoints.metrics_port) == (9000, 9001, 9002)
-    assert (made.endpoints.allow_metrics, made.endpoints.allow_grpc) == (False, True)
-    assert made.endpoints.http_address == "1.2.3.4"
-    assert ("grpc.keepalive_time_ms", 5000) in made.endpoints.grpc_channel(made.security)
-    assert (made.server.exit_timeout_secs, made.server.strict_readiness, made.server.exit_on_error) == (5, False, False)
-    assert (made.server.server_id, made.repository.disable_auto_complete_config) == ("me", True)
-    assert (made.log.log_verbose, made.log.log_info, made.log.log_format, made.log.log_file) == (
+    assert output.model_repository == ("/models", "/more")
+    assert output.repository.load_model == ("a", "b")
+    assert (output.endpoints.http_port, output.endpoints.grpc_port, output.endpoints.metrics_port) == (9000, 9001, 9002)
+    assert (output.endpoints.allow_metrics, output.endpoints.allow_grpc) == (False, True)
+    assert output.endpoints.http_address == "1.2.3.4"
+    assert ("grpc.keepalive_time_ms", 5000) in output.endpoints.grpc_channel(output.security)
+    assert (output.server.exit_timeout_secs, output.server.strict_readiness, output.server.exit_on_error) == (
+        5,
+        False,
+        False,
+    )
+    assert (output.server.server_id, output.repository.disable_auto_complete_config) == ("me", True)
+    assert (output.log.log_verbose, output.log.log_info, output.log.log_format, output.log.log_file) == (
         1,
         True,
         "ISO8601",
@@ -377,10 +381,10 @@ def test_options_are_those_of_tritonserver() -> None:
 
 
 def test_a_models_options_are_the_engines_and_its_own() -> None:
-    made = parsed("m", "--max-num-seqs", "8", "--data-type", "fp16", "--name", "n", "--decoupled", "--max-batch", "4")
-    assert made.engine.scheduler.max_num_seqs == 8
-    assert made.engine.dtype == "fp16"
-    assert (made.model.name, made.model.decoupled, made.model.max_batch) == ("n", True, 4)
+    output = parsed("m", "--max-num-seqs", "8", "--data-type", "fp16", "--name", "n", "--decoupled", "--max-batch", "4")
+    assert output.engine.scheduler.max_num_seqs == 8
+    assert output.engine.dtype == "fp16"
+    assert (output.model.name, output.model.decoupled, output.model.max_batch) == ("n", True, 4)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ _UNMANAGED = frozenset(
 
 
 def _list_keys(name: str, items: list[Any]) -> tuple[str, ...] | None:
-    if name == "ports" and items and all(isinstance(one, dict) for one in items):
+    if name == "ports" and items and all(isinstance(each, dict) for each in items):
         return _CONTAINER_PORTS if "containerPort" in items[0] else _SERVICE_PORTS
     return _KEYS.get(name)
 
@@ -124,7 +124,7 @@ def _item(value: Any, step: str, name: str) -> Any:
     if step.startswith("v:"):
         return step if json.loads(step[2:]) in value else ...
     keys = _list_keys(name, value) or ()
-    return next((one for one in value if _key_of(one, keys) == step), ...)
+    return next((each for each in value if _key_of(each, keys) == step), ...)
 
 
 def merged(live: Any, applied: Any, name: str = "") -> Any:
@@ -169,7 +169,7 @@ def _removed(value: Any, path: Path) -> None:
         holder.pop(step[2:], None)
     elif isinstance(holder, list):
         found = _item(holder, step, path[-2][2:])
-        kept = [one for one in holder if one is not found and (step[:2] != "v:" or one != json.loads(step[2:]))]
+        kept = [each for each in holder if each is not found and (step[:2] != "v:" or each != json.loads(step[2:]))]
         holder[:] = kept
     if not holder and len(path) > 2 and path[-2].startswith("f:"):
         _removed(value, path[:-1])
@@ -190,12 +190,12 @@ class Managers:
     """The managed fields of one object."""
 
     def __init__(self, entries: Iterable[Object] = ()) -> None:
-        self.entries = [copy.deepcopy(one) for one in entries]
+        self.entries = [copy.deepcopy(entry) for entry in entries]
 
     def _entry(self, manager: str, operation: str, api_version: str) -> Object:
-        for one in self.entries:
-            if (one["manager"], one["operation"], one["apiVersion"]) == (manager, operation, api_version):
-                return one
+        for entry in self.entries:
+            if (entry["manager"], entry["operation"], entry["apiVersion"]) == (manager, operation, api_version):
+                return entry
         made: Object = {"manager": manager, "operation": operation, "apiVersion": api_version}
         made |= {"time": "", "fieldsType": "FieldsV1", "fieldsV1": {}}
         self.entries.append(made)
@@ -204,26 +204,26 @@ class Managers:
     def take(self, manager: str, operation: str, api_version: str, fields: Fields, *, shared: bool = False) -> None:
         """Give fields to a manager; `shared` leaves them with others too."""
         mine = self._entry(manager, operation, api_version)
-        for one in self.entries:
-            kept = paths(one["fieldsV1"])
-            if one is mine:
+        for entry in self.entries:
+            kept = paths(entry["fieldsV1"])
+            if entry is mine:
                 kept = fields if operation == "Apply" else kept | fields
             elif not shared:
                 kept -= fields
-            one["fieldsV1"] = tree(kept)
+            entry["fieldsV1"] = tree(kept)
         mine["time"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self.entries = [one for one in self.entries if one["fieldsV1"]]
+        self.entries = [entry for entry in self.entries if entry["fieldsV1"]]
 
     def forget(self, existing: Fields) -> None:
         """Drop fields that are not there any more."""
-        for one in self.entries:
-            one["fieldsV1"] = tree(paths(one["fieldsV1"]) & existing)
-        self.entries = [one for one in self.entries if one["fieldsV1"]]
+        for entry in self.entries:
+            entry["fieldsV1"] = tree(paths(entry["fieldsV1"]) & existing)
+        self.entries = [entry for entry in self.entries if entry["fieldsV1"]]
 
     def others(self, manager: str) -> list[tuple[Object, Fields]]:
         """Entries that are not this manager's applies."""
-        rest = [one for one in self.entries if (one["manager"], one["operation"]) != (manager, "Apply")]
-        return [(one, paths(one["fieldsV1"])) for one in rest]
+        rest = [entry for entry in self.entries if (entry["manager"], entry["operation"]) != (manager, "Apply")]
+        return [(entry, paths(entry["fieldsV1"])) for entry in rest]
 
 
 def written(before: Object, after: Object, manager: str, api_version: str) -> list[Object]:
@@ -244,7 +244,7 @@ def applied(kind: Kind, live: Object, body: Object, manager: str, *, force: bool
     fields = fields_of(body)
     others = managers.others(manager)
     disputed = {path for path in fields if lookup(live, path) not in (..., lookup(body, path))}
-    conflicts = [(one, path) for one, theirs in others for path in sorted(theirs & disputed)]
+    conflicts = [(each, path) for each, theirs in others for path in sorted(theirs & disputed)]
     if conflicts and not force:
         raise _conflict(kind, body, conflicts)
     mine = managers._entry(manager, "Apply", kind.api_version)
@@ -262,12 +262,12 @@ def applied(kind: Kind, live: Object, body: Object, manager: str, *, force: bool
 
 def _conflict(kind: Kind, body: Object, conflicts: list[tuple[Object, Path]]) -> RefusedError:
     causes = []
-    for one, path in conflicts:
+    for each, path in conflicts:
         field = "".join(f".{step[2:]}" if step.startswith("f:") else _shown(step) for step in path)
-        message = f'conflict with "{one["manager"]}" using {one["apiVersion"]}'
+        message = f'conflict with "{each["manager"]}" using {each["apiVersion"]}'
         causes.append({"reason": "FieldManagerConflict", "message": message, "field": field})
     text = f"Apply failed with {len(causes)} conflict{'s' if len(causes) > 1 else ''}: " + "; ".join(
-        f"{one['message']}: {one['field']}" for one in causes
+        f"{each['message']}: {each['field']}" for each in causes
     )
     return RefusedError(409, "Conflict", text, details={"name": body["metadata"]["name"]}, causes=causes)
 

@@ -47,14 +47,14 @@ class Controllers:
         if kind.kind not in ("PersistentVolume", "PersistentVolumeClaim"):
             return
         wanted = {}
-        for one in self._store.objects.values():
-            if one["kind"] == "PersistentVolume" and (reference := one["spec"].get("claimRef")):
-                wanted[reference["namespace"], reference["name"]] = one["metadata"]["name"]
-        for key, one in list(self._store.objects.items()):
-            if key[0] == "persistentvolumeclaims" and "phase" not in one.get("status", {}):
+        for body in self._store.objects.values():
+            if body["kind"] == "PersistentVolume" and (reference := body["spec"].get("claimRef")):
+                wanted[reference["namespace"], reference["name"]] = body["metadata"]["name"]
+        for key, body in list(self._store.objects.items()):
+            if key[0] == "persistentvolumeclaims" and "phase" not in body.get("status", {}):
                 volume = wanted.get((key[1], key[2]))
-                bound = {"spec": {**one["spec"], "volumeName": volume}, "status": {"phase": "Bound"}}
-                self._store.put(key, {**one, **(bound if volume else {})})
+                bound = {"spec": {**body["spec"], "volumeName": volume}, "status": {"phase": "Bound"}}
+                self._store.put(key, {**body, **(bound if volume else {})})
 
     def kick(self) -> None:
         """There may be something to do."""
@@ -77,16 +77,16 @@ class Controllers:
             pass
         objects = self._store.objects.values()
         # those that became due since the last look are among them: nobody else would wake this thread for them
-        dues = [one["_due"] for one in objects if "_due" in one and not one["metadata"].get("finalizers")]
+        dues = [body["_due"] for body in objects if "_due" in body and not body["metadata"].get("finalizers")]
         return max(0.001, min(dues) - time.monotonic()) if dues else None
 
     def _collect_once(self) -> bool:
-        uids = {one["metadata"]["uid"]: one for one in self._store.objects.values()}
-        for key, one in list(self._store.objects.items()):
-            metadata = one["metadata"]
+        uids = {each["metadata"]["uid"]: each for each in self._store.objects.values()}
+        for key, each in list(self._store.objects.items()):
+            metadata = each["metadata"]
             owners = metadata.get("ownerReferences") or ()
             if metadata.get("deletionTimestamp"):
-                if self._finish(key, one):
+                if self._finish(key, each):
                     return True
                 continue
             gone = owners and not any(owner["uid"] in uids for owner in owners)
@@ -110,7 +110,7 @@ class Controllers:
 
     def _blocked(self, uid: str) -> bool:
         references = (
-            ref for one in self._store.objects.values() for ref in one["metadata"].get("ownerReferences") or ()
+            ref for body in self._store.objects.values() for ref in body["metadata"].get("ownerReferences") or ()
         )
         return any(ref["uid"] == uid and ref.get("blockOwnerDeletion") for ref in references)
 

@@ -14,7 +14,7 @@ def discovered(kinds: list[Kind], parts: list[str]) -> Object | None:
         return {"kind": "APIVersions", "versions": ["v1"]}
     if parts == ["apis"]:
         versions = sorted({kind.api_version for kind in kinds if kind.group})
-        groups = [{"name": one.partition("/")[0], "versions": [_version(one)]} for one in versions]
+        groups = [{"name": version.partition("/")[0], "versions": [_version(version)]} for version in versions]
         return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
     group_version = "/".join(parts[1:])
     found = [_resource(kind) for kind in kinds if kind.api_version == group_version]

@@ -64,9 +64,9 @@ class HttpServer(ThreadingHTTPServer):
 
     def drop_connections(self) -> None:
         """Break all connections, as a network does."""
-        for one in list(self._open):
+        for each in list(self._open):
             with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                each.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Connections that break are no news; anything else is a mistake of this server."""
@@ -188,8 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
         dry = self.query.get("dryRun") == "All"
         if self.command == "POST" and name is None:
             manager = self.query.get("fieldManager") or self.headers.get("User-Agent", "").partition("/")[0]
-            made = self.api.store.create(kind, namespace or "", self._read(kind, namespace, None), manager, dry_run=dry)
-            return self._send_object(201, made)
+            created = self.api.store.create(
+                kind, namespace or "", self._read(kind, namespace, None), manager, dry_run=dry
+            )
+            return self._send_object(201, created)
         if self.command == "PATCH" and name is not None:
             return self._patch(kind, namespace or "", name, dry)
         if self.command == "DELETE" and name is not None:
@@ -226,8 +228,8 @@ class _Handler(BaseHTTPRequestHandler):
         except RefusedError:
             self._applies_new()
         force = self.query.get("force") == "true"
-        made, new = store.apply(kind, namespace, name, body, manager, force=force, dry_run=dry)
-        return self._send_object(201 if new else 200, made)
+        result, new = store.apply(kind, namespace, name, body, manager, force=force, dry_run=dry)
+        return self._send_object(201 if new else 200, result)
 
     def _delete(self, kind: Kind, namespace: str, name: str, dry: bool) -> None:
         policy = self.query.get("propagationPolicy", "Background")
@@ -258,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
             pod = self.api.store.get(kind, namespace, name)
         except RefusedError:
             return False
-        states = {one["name"]: one["state"] for one in pod["status"].get("containerStatuses") or ()}
+        states = {each["name"]: each["state"] for each in pod["status"].get("containerStatuses") or ()}
         return "running" in states.get(container, {})
 
     def _stream(self, chunks: Iterator[bytes]) -> None:
@@ -277,7 +279,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _exec(self) -> None:
         offered = re.split(r"\s*,\s*", self.headers.get("Sec-WebSocket-Protocol") or "")
-        chosen = next((one for one in self.api.rules.protocols if one in offered), None)
+        chosen = next((protocol for protocol in self.api.rules.protocols if protocol in offered), None)
         if self.headers.get("Upgrade", "").lower() != "websocket" or chosen is None:
             raise bad_request("unable to upgrade: a websocket with one of its protocols is needed")
         self.send_response(101)

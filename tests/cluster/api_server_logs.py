@@ -47,14 +47,14 @@ class Log:
 def container_of(pod: Object, wanted: str | None) -> str:
     """The container that is asked for; refused as the server does it."""
     name = pod["metadata"]["name"]
-    names = [one["name"] for key in ("containers", "initContainers") for one in pod["spec"].get(key) or ()]
+    names = [each["name"] for key in ("containers", "initContainers") for each in pod["spec"].get(key) or ()]
     if wanted is None and len(names) > 1:
         raise bad_request(f"a container name must be specified for pod {name}, choose one of: [{' '.join(names)}]")
     chosen = wanted or names[0]
     if chosen not in names:
         raise bad_request(f"container {chosen} is not valid for pod {name}")
     statuses = pod.get("status", {}).get("containerStatuses") or ()
-    state: Any = next((one.get("state", {}) for one in statuses if one["name"] == chosen), {})
+    state: Any = next((each.get("state", {}) for each in statuses if each["name"] == chosen), {})
     if not (state.keys() & {"running", "terminated"}):
         reason = state.get("waiting", {}).get("reason", "ContainerCreating")
         raise bad_request(f'container "{chosen}" in pod "{name}" is waiting to start: {reason}')

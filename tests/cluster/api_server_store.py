@@ -78,11 +78,11 @@ class Store:
     def create(self, kind: Kind, namespace: str, body: Object, manager: str, *, dry_run: bool = False) -> Object:
         """What POST does."""
         with self.lock:
-            made = copy.deepcopy(body)
-            made["metadata"].pop("managedFields", None)
-            self._prepare(kind, namespace, made)
-            made["metadata"]["managedFields"] = fields.written({}, made, manager, kind.api_version)
-            return self._add(kind, namespace, made, dry_run=dry_run)
+            output = copy.deepcopy(body)
+            output["metadata"].pop("managedFields", None)
+            self._prepare(kind, namespace, output)
+            output["metadata"]["managedFields"] = fields.written({}, output, manager, kind.api_version)
+            return self._add(kind, namespace, output, dry_run=dry_run)
 
     def apply(
         self, kind: Kind, namespace: str, name: str, body: Object, manager: str, *, force: bool, dry_run: bool = False
@@ -94,10 +94,10 @@ class Store:
             if live is None:
                 if metadata.get("uid") or metadata.get("resourceVersion"):
                     raise changed_meanwhile(kind, name, "the object to be changed does not exist any more")
-                made = copy.deepcopy(body)
-                self._prepare(kind, namespace, made)
-                made = fields.applied(kind, made, body, manager, force=force)
-                return self._add(kind, namespace, made, dry_run=dry_run), True
+                output = copy.deepcopy(body)
+                self._prepare(kind, namespace, output)
+                output = fields.applied(kind, output, body, manager, force=force)
+                return self._add(kind, namespace, output, dry_run=dry_run), True
             for key in ("uid", "resourceVersion"):
                 if metadata.get(key, live["metadata"][key]) != live["metadata"][key]:
                     raise changed_meanwhile(kind, name, f"Precondition failed: {key} is {live['metadata'][key]}")
@@ -149,12 +149,12 @@ class Store:
             live = self.objects.get((kind.full_name, namespace, body["metadata"]["name"]))
             if live is not None:
                 return self.merge_patch(kind, namespace, body["metadata"]["name"], body, manager)
-            made = copy.deepcopy(body)
-            status = made.get("status")
-            self._prepare(kind, namespace, made)
-            made |= {"status": status} if status is not None else {}
-            made["metadata"]["managedFields"] = fields.written({}, made, manager, kind.api_version)
-            return self._add(kind, namespace, made, dry_run=False)
+            output = copy.deepcopy(body)
+            status = output.get("status")
+            self._prepare(kind, namespace, output)
+            output |= {"status": status} if status is not None else {}
+            output["metadata"]["managedFields"] = fields.written({}, output, manager, kind.api_version)
+            return self._add(kind, namespace, output, dry_run=False)
 
     def remove(self, api_version: str, kind: str, namespace: str, name: str) -> None:
         """Delete in the background."""
@@ -163,12 +163,12 @@ class Store:
     def all(self, *kinds: str) -> list[Object]:
         """Copies of all objects of some kinds, or of all but namespaces."""
         with self.lock:
-            chosen = [one for one in self.objects.values() if one["kind"] in kinds or not kinds]
-            return [copy.deepcopy(one) for one in chosen if kinds or one["kind"] != "Namespace"]
+            chosen = [manifest for manifest in self.objects.values() if manifest["kind"] in kinds or not kinds]
+            return [copy.deepcopy(manifest) for manifest in chosen if kinds or manifest["kind"] != "Namespace"]
 
     def names(self, *kinds: str) -> list[str]:
         """`Kind/name` of all objects of some kinds, or of all but namespaces."""
-        return sorted(f"{one['kind']}/{one['metadata']['name']}" for one in self.all(*kinds))
+        return sorted(f"{each['kind']}/{each['metadata']['name']}" for each in self.all(*kinds))
 
     def settle(self, seconds: float = LIMIT_S) -> None:
         """Wait until the controllers have nothing left to do."""
@@ -179,8 +179,8 @@ class Store:
         with self.lock:
             return sorted(
                 key
-                for key, one in self.objects.items()
-                if key[0] == kind.full_name and namespace in (None, key[1]) and matches(one)
+                for key, each in self.objects.items()
+                if key[0] == kind.full_name and namespace in (None, key[1]) and matches(each)
             )
 
     def encoded(self, keys: list[Key]) -> list[bytes]:
@@ -278,16 +278,16 @@ def _content(body: Object) -> Object:
 
 def _untimed(body: Object) -> list[Any]:
     entries = body["metadata"].get("managedFields") or ()
-    return [{name: value for name, value in one.items() if name != "time"} for one in entries]
+    return [{name: value for name, value in entry.items() if name != "time"} for entry in entries]
 
 
 def _patched(value: Any, patch: Any) -> Any:
     if not isinstance(patch, dict):
         return patch
-    made = dict(value) if isinstance(value, dict) else {}
+    output = dict(value) if isinstance(value, dict) else {}
     for key, below in patch.items():
         if below is None:
-            made.pop(key, None)
+            output.pop(key, None)
         else:
-            made[key] = _patched(made.get(key), below)
-    return made
+            output[key] = _patched(output.get(key), below)
+    return output

@@ -34,15 +34,15 @@ class World:
 
     def object(self, kind: str, name: str) -> Object:
         """An object as it is stored."""
-        return next(one for one in self.store.all(kind) if one["metadata"]["name"] == name)
+        return next(each for each in self.store.all(kind) if each["metadata"]["name"] == name)
 
     def set_conditions(self, job: str, *types: str, kind: str = "PyTorchJob", **status: Any) -> None:
         """What a training operator writes."""
         found = self.object(kind, job)
         stamp = "2026-11-23T10:00:00Z"
         conditions = [
-            {"type": one, "status": "True", "lastTransitionTime": stamp, "message": f"job {job} is {one}"}
-            for one in types
+            {"type": each, "status": "True", "lastTransitionTime": stamp, "message": f"job {job} is {each}"}
+            for each in types
         ]
         self.change(found, {"status": {"conditions": conditions, **status}})
 
@@ -90,7 +90,7 @@ class World:
             "restartCount": 0,
             "state": states.get(phase, {"terminated": ended}),
         }
-        statuses = [{"name": one["name"], **container} for one in pod["spec"]["containers"]]
+        statuses = [{"name": each["name"], **container} for each in pod["spec"]["containers"]]
         status = {"phase": phase, "hostIP": GPU_NODE, "containerStatuses": statuses}
         self.change(pod, {"spec": {"nodeName": "gpu-1"}, "status": status})
 

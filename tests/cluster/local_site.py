@@ -100,11 +100,11 @@ def alive(pid: int) -> bool:
 def site(home: Path) -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HASTEN_HOME", str(home))
-        made = Site(home)
+        site = Site(home)
         try:
-            yield made
+            yield site
         finally:
-            made.close()
+            site.close()
 
 
 def python(code: str, *arguments: str, **options: Any) -> "subprocess.Popen[str]":

@@ -46,11 +46,11 @@ class Client:
 
 @pytest.fixture
 def server() -> Iterator[ApiServer]:
-    made = ApiServer()
+    result = ApiServer()
     try:
-        yield made
+        yield result
     finally:
-        made.close()
+        result.close()
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def refused(ask: Callable[[], object]) -> Object:
 
 
 def managers(body: Object) -> dict[str, Any]:
-    return {f"{one['manager']}/{one['operation']}": one["fieldsV1"] for one in body["metadata"]["managedFields"]}
+    return {f"{each['manager']}/{each['operation']}": each["fieldsV1"] for each in body["metadata"]["managedFields"]}
 
 
 def pods(*containers: Object) -> Object:
@@ -76,14 +76,14 @@ def pods(*containers: Object) -> Object:
 
 
 def test_an_apply_makes_and_changes_and_owns(client: Client) -> None:
-    made = client.apply({"replicas": 2, **pods({"name": "a", "image": "x"})}, "one")
-    assert made["metadata"]["generation"] == 1
-    fields = managers(made)["one/Apply"]["f:spec"]
+    result = client.apply({"replicas": 2, **pods({"name": "a", "image": "x"})}, "one")
+    assert result["metadata"]["generation"] == 1
+    fields = managers(result)["one/Apply"]["f:spec"]
     container = fields["f:template"]["f:spec"]["f:containers"]
     assert container == {'k:{"name":"a"}': {".": {}, "f:name": {}, "f:image": {}}}
     assert "f:replicas" in fields
     again = client.apply({"replicas": 2, **pods({"name": "a", "image": "x"})}, "one")
-    assert again["metadata"]["resourceVersion"] == made["metadata"]["resourceVersion"]
+    assert again["metadata"]["resourceVersion"] == result["metadata"]["resourceVersion"]
     changed = client.apply({"replicas": 3, **pods({"name": "a", "image": "x"})}, "one")
     assert (changed["spec"]["replicas"], changed["metadata"]["generation"]) == (3, 2)
 
@@ -130,13 +130,13 @@ def test_other_writes_take_what_they_change(client: Client) -> None:
 
 
 def test_preconditions(client: Client) -> None:
-    made = client.apply({"replicas": 2}, "one")["metadata"]
+    result = client.apply({"replicas": 2}, "one")["metadata"]
     client.apply({"replicas": 3}, "one")
-    assert refused(lambda: client.apply({}, "one", resourceVersion=made["resourceVersion"]))["code"] == 409
+    assert refused(lambda: client.apply({}, "one", resourceVersion=result["resourceVersion"]))["code"] == 409
     assert refused(lambda: client.apply({}, "one", uid="other"))["code"] == 409
     assert refused(lambda: client.apply({}, "one", managedFields=[{"manager": "x"}]))["code"] == 400
     client.ask("DELETE", "/apis/apps/v1/namespaces/default/deployments/d")
-    assert refused(lambda: client.apply({}, "one", uid=made["uid"]))["code"] == 409
+    assert refused(lambda: client.apply({}, "one", uid=result["uid"]))["code"] == 409
 
 
 def test_a_dry_run_answers_and_keeps_nothing(server: ApiServer, client: Client) -> None:
@@ -191,7 +191,7 @@ def test_selectors(server: ApiServer, client: Client) -> None:
 
     def names(**selectors: str) -> list[str]:
         items = client.ask("GET", "/api/v1/namespaces/default/configmaps", **selectors)["items"]
-        return [one["metadata"]["name"] for one in items]
+        return [item["metadata"]["name"] for item in items]
 
     for selector, found in (
         ("x=1", ["a"]),
@@ -212,7 +212,7 @@ def test_pages(server: ApiServer, client: Client) -> None:
     first = client.core.list_namespaced_config_map("default", limit=2)
     server.store.remove("v1", "ConfigMap", "default", "c4")
     second = client.core.list_namespaced_config_map("default", limit=2, _continue=first.metadata._continue)
-    assert [one.metadata.name for one in (*first.items, *second.items)] == ["c0", "c1", "c2", "c3"]
+    assert [each.metadata.name for each in (*first.items, *second.items)] == ["c0", "c1", "c2", "c3"]
     assert first.metadata.remaining_item_count == 3
     server.rules.expired.add("all")
     ask = client.core.list_namespaced_config_map
@@ -244,8 +244,8 @@ def test_what_is_refused(server: ApiServer, client: Client) -> None:
 def test_the_official_client_reads_its_objects(server: ApiServer, client: Client) -> None:
     spec = {"containers": [{"name": "a", "image": "x"}]}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": spec, "status": {"phase": "Failed"}}
-    made = client.core.create_namespaced_pod("default", pod)
-    assert made.status.phase == "Pending"  # a status is not made by its user
+    result = client.core.create_namespaced_pod("default", pod)
+    assert result.status.phase == "Pending"  # a status is not made by its user
     state: Object = {"running": {}}
     statuses = [
         {"name": "a", "state": state, "image": "x", "imageID": "y", "ready": True, "restartCount": 0},

@@ -14,10 +14,10 @@ SERVER = TritonServer(name="s", version="1", model_repository="/m", env=("A=1", 
 
 def test_an_update_is_put_into_what_was_asked() -> None:
     update = ServerUpdate(env=["B=3", "C=4"], load_model=["x"], extend_command="--id y", replicas=0)
-    made = update.applied_to(SERVER)
-    assert made == replace(SERVER, env=("A=1", "B=3", "C=4"), load_model=("x",), extend_command="--id y", replicas=0)
+    result = update.applied_to(SERVER)
+    assert result == replace(SERVER, env=("A=1", "B=3", "C=4"), load_model=("x",), extend_command="--id y", replicas=0)
     assert ServerUpdate().applied_to(SERVER) == SERVER
-    assert ServerUpdate(extend_command="").applied_to(made).extend_command == ""
+    assert ServerUpdate(extend_command="").applied_to(result).extend_command == ""
 
 
 def test_an_update_keeps_the_rules_of_a_server() -> None:

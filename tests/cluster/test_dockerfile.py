@@ -72,17 +72,17 @@ def ignored(path: str) -> bool:
 def complaints(text: str) -> list[str]:
     """All rules that a Dockerfile breaks."""
     found = stages(text)
-    told = [f"{word} is not used here" for word, _ in instructions(text) if word not in INSTRUCTIONS]
+    message = [f"{word} is not used here" for word, _ in instructions(text) if word not in INSTRUCTIONS]
     seen: set[str] = set()
     for stage in found.values():
         if stage.base not in seen and not re.fullmatch(r"[\w./-]+:[\w.-]*\d[\w.-]*", stage.base):
-            told.append(f"{stage.name}: {stage.base} is neither a stage above nor an image with a version")
+            message.append(f"{stage.name}: {stage.base} is neither a stage above nor an image with a version")
         for word, rest in stage.steps:
-            told += [f"{stage.name}: {problem}" for problem in step_problems(word, rest, seen)]
+            message += [f"{stage.name}: {problem}" for problem in step_problems(word, rest, seen)]
         seen.add(stage.name)
     for name in FINAL:
-        told += [f"{name}: {problem}" for problem in image_problems(inherited(found, name))]
-    return told
+        message += [f"{name}: {problem}" for problem in image_problems(inherited(found, name))]
+    return message
 
 
 def step_problems(word: str, rest: str, seen: set[str]) -> Iterator[str]:
@@ -138,8 +138,8 @@ def test_the_dockerfile_keeps_the_rules() -> None:
 )
 def test_what_breaks_a_rule_is_found(good: str, bad: str, complaint: str) -> None:
     assert good in DOCKERFILE
-    told = complaints(DOCKERFILE.replace(good, bad))
-    assert any(complaint in one for one in told), told
+    message = complaints(DOCKERFILE.replace(good, bad))
+    assert any(complaint in each for each in message), message
 
 
 def test_the_image_is_what_manifests_expect() -> None:
@@ -182,8 +182,8 @@ def test_the_health_check_asks_whether_the_server_is_ready() -> None:
             with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
                 connection, _ = listener.accept()
                 with connection:
-                    asked = connection.recv(4096)
+                    requested = connection.recv(4096)
                     connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
                 assert process.wait(LIMIT_S) == code
-            assert asked.startswith(b"GET /v2/health/ready ")
+            assert requested.startswith(b"GET /v2/health/ready ")
     assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode != 0

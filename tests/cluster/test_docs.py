@@ -24,10 +24,10 @@ def commands() -> list[list[str]]:
     """The commands that begin with `arena`, as bash divides them; lines that go on are further in."""
     parts = [part for block in BLOCKS for part in re.split(r"^(?=\S)", block, flags=re.M)]
     script = "arena() { printf '%s\\0' \"$@\"; printf '\\f'; }\n" + "\n".join(
-        one for one in parts if one.startswith("arena ")
+        each for each in parts if each.startswith("arena ")
     )
     printed = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True).stdout
-    return [one.split("\0")[:-1] for one in printed.split("\f")[:-1]]
+    return [each.split("\0")[:-1] for each in printed.split("\f")[:-1]]
 
 
 VERBS = (["submit", "pytorchjob"], ["serve", "triton"], ["data", "create"])
@@ -72,8 +72,8 @@ def test_what_a_command_makes_is_valid(
     code = main(["cluster", *words[:2], "--dry-run", *words[2:]])
     printed = capsys.readouterr()
     assert code == 0, printed.err
-    made = list(yaml.safe_load_all(printed.out))
-    validate_lists(list(builtins(made)), RELEASES[-1])
+    result = list(yaml.safe_load_all(printed.out))
+    validate_lists(list(builtins(result)), RELEASES[-1])
 
 
 def role() -> dict[str, Any]:
@@ -85,11 +85,11 @@ def test_the_role_is_valid_and_covers_all_that_is_made() -> None:
     validate_lists([role()], RELEASES[-1])
     plurals = {crd.partition(".")[0].removesuffix("s"): crd.partition(".")[0] for crd in CRDS}
     for case in CASES.values():
-        for one in case.objects():
-            if one["kind"] == "PersistentVolume":
+        for body in case.objects():
+            if body["kind"] == "PersistentVolume":
                 continue
-            group = one["apiVersion"].rpartition("/")[0]
-            kind = one["kind"].lower()
+            group = body["apiVersion"].rpartition("/")[0]
+            kind = body["kind"].lower()
             plural = plurals.get(kind, f"{kind}s")
             rules = [rule for rule in role()["rules"] if group in rule["apiGroups"] and plural in rule["resources"]]
             assert any({"get", "create", "patch", "delete"} <= set(rule["verbs"]) for rule in rules), (group, plural)

@@ -67,10 +67,10 @@ def test_what_is_wrong_with_a_configuration(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_dry_run_needs_no_cluster(caplog: pytest.LogCaptureFixture) -> None:
     backend = KubernetesBackend(only_plans=True)
     assert backend.default_namespace() == "default"
-    assert [one["kind"] for one in backend.plan_job(training())] == ["PyTorchJob"]
-    assert [one["kind"] for one in backend.plan_server(serving())] == ["Deployment", "Service"]
+    assert [each["kind"] for each in backend.plan_job(training())] == ["PyTorchJob"]
+    assert [each["kind"] for each in backend.plan_server(serving())] == ["Deployment", "Service"]
     assert not caplog.records  # as there would be of attempts that are made again
-    kinds = [one["kind"] for one in backend.plan_server(serving(allow_metrics=True, multinode=2))]
+    kinds = [each["kind"] for each in backend.plan_server(serving(allow_metrics=True, multinode=2))]
     assert kinds == ["LeaderWorkerSet", "Service", "PodMonitor"]
     assert "for a cluster with all CRDs of docs/kubernetes.md: no cluster is configured" in caplog.text
 
@@ -81,7 +81,7 @@ def test_a_dry_run_needs_no_cluster_that_answers(tmp_path: Path, caplog: pytest.
     server.close()
     backend = KubernetesBackend(config)
     assert backend.default_namespace() == "team"
-    assert [one["kind"] for one in backend.plan_server(serving())] == ["Deployment", "Service"]
+    assert [each["kind"] for each in backend.plan_server(serving())] == ["Deployment", "Service"]
     assert not caplog.records  # as there would be of attempts that are made again
     assert backend.plan_server(serving(allow_metrics=True))[-1]["kind"] == "PodMonitor"
     assert "no answer from the cluster" in caplog.text
@@ -171,9 +171,9 @@ def test_who_is_not_known(world: World) -> None:
 
 
 def test_who_is_known(world: World) -> None:
-    told = world.backend.whoami()
-    assert told.startswith("admin (developers, system:authenticated) at http://127.0.0.1")
-    assert "context test of" in told
+    message = world.backend.whoami()
+    assert message.startswith("admin (developers, system:authenticated) at http://127.0.0.1")
+    assert "context test of" in message
 
 
 def test_a_busy_server_is_asked_again(world: World) -> None:
@@ -285,9 +285,9 @@ def test_a_plugin_that_fails_is_told_as_such(
 ) -> None:
     with pytest.raises(
         ConfigError, match=f"cannot use the kubeconfig .*its credential plugin failed: .*{reason}"
-    ) as told:
+    ) as message:
         KubernetesBackend(plugin(world, tmp_path, script)).jobs("default")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(message.value)
     assert capfd.readouterr() == ("", "")
     assert world.server.requests == []
 

@@ -18,8 +18,8 @@ def test_a_job_is_made_with_what_belongs_to_it_and_leaves_nothing_behind(world: 
     (tmp_path / "settings.json").write_text("{}")
     files = [f"{tmp_path / 'settings.json'}:/etc/settings.json"]
     world.backend.submit(training(config_file=files, tensorboard=True, logdir="/mnt/logs"))
-    made = world.leftovers()
-    assert made == [
+    result = world.leftovers()
+    assert result == [
         "ConfigMap/convert-bloom-config",
         "Deployment/convert-bloom-tensorboard",
         "PyTorchJob/convert-bloom",
@@ -29,7 +29,7 @@ def test_a_job_is_made_with_what_belongs_to_it_and_leaves_nothing_behind(world: 
     for kind in ("ConfigMap", "Deployment", "Service"):
         owners = world.store.all(kind)[0]["metadata"]["ownerReferences"]
         assert [owner["uid"] for owner in owners] == [job["metadata"]["uid"]]
-    assert {one["manager"] for one in job["metadata"]["managedFields"]} == {"hasten"}
+    assert {each["manager"] for each in job["metadata"]["managedFields"]} == {"hasten"}
     world.run(world.train("convert-bloom"))
     world.backend.delete_job("convert-bloom", "default")
     assert world.store.names("PyTorchJob", "Pod") == []  # at once: its name is free again
@@ -37,7 +37,7 @@ def test_a_job_is_made_with_what_belongs_to_it_and_leaves_nothing_behind(world: 
 
 
 def test_a_dry_run_asks_nothing(world: World) -> None:
-    assert [one["kind"] for one in world.backend.plan_job(training())] == ["PyTorchJob"]
+    assert [each["kind"] for each in world.backend.plan_job(training())] == ["PyTorchJob"]
     assert world.server.requests == []
 
 
@@ -106,7 +106,7 @@ def test_a_job_goes_through_its_states(world: World) -> None:
     world.set_conditions("convert-bloom", "Created", "Running", startTime="2026-11-23T10:00:00Z")
     job = backend.job("convert-bloom", "default")
     assert (job.status, job.reason) == (Status.RUNNING, None)
-    assert [(one.name, one.is_chief, one.gpus, one.node) for one in job.instances] == [
+    assert [(instance.name, instance.is_chief, instance.gpus, instance.node) for instance in job.instances] == [
         ("convert-bloom-master-0", True, 2, GPU_NODE),
         ("convert-bloom-worker-0", False, 2, GPU_NODE),
         ("convert-bloom-worker-1", False, 2, GPU_NODE),
@@ -214,7 +214,7 @@ def test_a_train_job_runs_when_its_pods_do(world: World) -> None:
         world.run(world.pod(f"convert-bloom-node-0-{index}-abcde", labels, spec, owner))
     job = world.backend.jobs("default")[0]
     assert (job.status, job.trainer, job.gpus) == (Status.RUNNING, "TRAINJOB", 8)
-    assert [one.name for one in job.instances if one.is_chief] == ["convert-bloom-node-0-0-abcde"]
+    assert [instance.name for instance in job.instances if instance.is_chief] == ["convert-bloom-node-0-0-abcde"]
     world.set_conditions("convert-bloom", "Complete", kind="TrainJob")
     assert world.backend.job("convert-bloom", "default").status is Status.SUCCEEDED
     world.backend.delete_job("convert-bloom", "default")
@@ -234,7 +234,7 @@ def test_an_indexed_job_has_its_pods_and_no_others(world: World) -> None:
     )
     (found,) = world.backend.jobs("default")
     assert (found.name, found.status, found.trainer, found.gpus) == ("convert-bloom", Status.RUNNING, "JOB", 8)
-    assert [one.name for one in found.instances] == ["convert-bloom-0-abcde", "convert-bloom-1-abcde"]
+    assert [instance.name for instance in found.instances] == ["convert-bloom-0-abcde", "convert-bloom-1-abcde"]
     for ask in (world.backend.job, world.backend.delete_job):
         with pytest.raises(NotFoundError, match="there is no training job others"):
             ask("others", "default")

@@ -42,7 +42,7 @@ def test_a_server_and_all_that_belongs_to_it(world: World) -> None:
         f"Service/{NAME}",
     ]
     owner = world.object("Deployment", NAME)["metadata"]
-    assert [(one["manager"], one["operation"]) for one in owner["managedFields"]] == [("hasten", "Apply")]
+    assert [(each["manager"], each["operation"]) for each in owner["managedFields"]] == [("hasten", "Apply")]
     for kind in ("PodDisruptionBudget", "PodMonitor", "Service"):
         assert world.object(kind, NAME)["metadata"]["ownerReferences"][0]["uid"] == owner["uid"]
     start_pod(world)
@@ -51,7 +51,9 @@ def test_a_server_and_all_that_belongs_to_it(world: World) -> None:
     assert (server.name, server.version, server.desired, server.available) == ("ft-triton-bloom", "1", 2, 1)
     assert server.ports == {"RESTFUL": 8000, "GRPC": 8001, "METRICS": 8002}
     assert (server.address, server.gpus, server.type) == ("10.96.0.1", 4, "Triton")
-    assert [(one.name, one.gpus, one.node, one.ready) for one in server.instances] == [(f"{NAME}-a", 2, GPU_NODE, True)]
+    assert [(each.name, each.gpus, each.node, each.ready) for each in server.instances] == [
+        (f"{NAME}-a", 2, GPU_NODE, True)
+    ]
     world.backend.delete_server("ft-triton-bloom", None, "default")
     assert world.leftovers() == []
 
@@ -60,8 +62,8 @@ def test_events_of_a_server_are_also_those_of_its_replica_set(world: World) -> N
     world.backend.serve(serving())
     labels = world.object("Deployment", NAME)["spec"]["template"]["metadata"]["labels"]
     metadata = {"name": f"{NAME}-5d4", "namespace": "default", "labels": labels}
-    made = world.store.write({"apiVersion": "apps/v1", "kind": "ReplicaSet", "metadata": metadata, "spec": {}})
-    world.event(made, "FailedCreate", "exceeded quota: gpus", "2026-11-23T10:00:00Z")
+    result = world.store.write({"apiVersion": "apps/v1", "kind": "ReplicaSet", "metadata": metadata, "spec": {}})
+    world.event(result, "FailedCreate", "exceeded quota: gpus", "2026-11-23T10:00:00Z")
     events = world.backend.server("ft-triton-bloom", None, "default").events
     assert [(event.reason, event.source) for event in events] == [("FailedCreate", f"replicaset/{NAME}-5d4")]
 
@@ -90,10 +92,10 @@ def test_groups_that_are_refused_are_told(world: World) -> None:
     world.backend.serve(serving(multinode=2, runtime="tritonserver"))
     labels = {"leaderworkerset.sigs.k8s.io/name": NAME}
     metadata = {"name": NAME, "namespace": "default", "labels": labels}
-    made = world.store.write({"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": metadata, "spec": {}})
+    result = world.store.write({"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": metadata, "spec": {}})
     neighbour = {"name": "other", "namespace": "default", "labels": {**labels, "leaderworkerset.sigs.k8s.io/name": "o"}}
     other = world.store.write({"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": neighbour, "spec": {}})
-    world.event(made, "FailedCreate", "exceeded quota: gpus", "2026-11-23T10:00:00Z")
+    world.event(result, "FailedCreate", "exceeded quota: gpus", "2026-11-23T10:00:00Z")
     world.event(other, "FailedCreate", "not its own", "2026-11-23T11:00:00Z")
     server = world.backend.server("ft-triton-bloom", None, "default")
     assert server.reason == f"statefulset/{NAME}: FailedCreate: exceeded quota: gpus (2 times)"
@@ -140,16 +142,16 @@ def test_an_update_changes_what_it_names_and_nothing_else(world: World) -> None:
     before = world.object("Deployment", NAME)
     update = ServerUpdate(image="hasten:2", gpus=4, memory="64Gi", replicas=3, env=["B=3", "C=$(A)"], label=["team=a"])
     world.backend.update_server("ft-triton-bloom", None, "default", update)
-    after, one = world.object("Deployment", NAME), container(world)
-    assert (one["image"], after["spec"]["replicas"]) == ("hasten:2", 3)
-    assert one["resources"]["limits"] == {"nvidia.com/gpu": "4", "memory": "64Gi"} == one["resources"]["requests"]
-    values = {variable["name"]: variable["value"] for variable in one["env"]}
+    after, each = world.object("Deployment", NAME), container(world)
+    assert (each["image"], after["spec"]["replicas"]) == ("hasten:2", 3)
+    assert each["resources"]["limits"] == {"nvidia.com/gpu": "4", "memory": "64Gi"} == each["resources"]["requests"]
+    values = {variable["name"]: variable["value"] for variable in each["env"]}
     assert (values["A"], values["B"], values["C"]) == ("1", "3", "$$(A)")
     assert after["spec"]["template"]["metadata"]["labels"]["team"] == after["metadata"]["labels"]["team"] == "a"
     assert after["spec"]["selector"] == before["spec"]["selector"]
     changed = {"image", "resources", "env"}
     old = before["spec"]["template"]["spec"]["containers"][0]
-    assert {key: value for key, value in one.items() if key not in changed} == {
+    assert {key: value for key, value in each.items() if key not in changed} == {
         key: value for key, value in old.items() if key not in changed
     }
     assert f"PodDisruptionBudget/{NAME}" in world.leftovers()
@@ -194,10 +196,10 @@ def test_an_update_replaces_no_pod_that_it_does_not_change(
 
 def test_a_changed_variable_stays_where_it_is(world: World) -> None:
     world.backend.serve(serving(env=["ZEBRA=2", "ANT=1"]))
-    names = [one["name"] for one in container(world)["env"]]
+    names = [each["name"] for each in container(world)["env"]]
     world.backend.update_server("ft-triton-bloom", None, "default", ServerUpdate(env=["ZEBRA=3", "NEW=$(ANT)"], gpus=4))
-    assert [one["name"] for one in container(world)["env"]] == [*names, "NEW"]
-    assert next(one["value"] for one in container(world)["env"] if one["name"] == "ZEBRA") == "3"
+    assert [each["name"] for each in container(world)["env"]] == [*names, "NEW"]
+    assert next(each["value"] for each in container(world)["env"] if each["name"] == "ZEBRA") == "3"
 
 
 def test_an_update_of_the_command_keeps_the_rest_of_it(world: World) -> None:
@@ -263,7 +265,7 @@ def test_what_others_added_stays(world: World) -> None:
     world.store.apply(BY_NAME["deployments.apps"], "default", NAME, theirs, "istio", force=False)
     world.backend.update_server("ft-triton-bloom", None, "default", ServerUpdate(image="hasten:2"))
     pods = world.object("Deployment", NAME)["spec"]["template"]
-    assert [one["image"] for one in pods["spec"]["containers"]] == ["hasten:2", "istio:1"]
+    assert [each["image"] for each in pods["spec"]["containers"]] == ["hasten:2", "istio:1"]
     assert pods["metadata"]["annotations"]["restarted"] == "now"
 
 
@@ -345,13 +347,13 @@ def test_a_server_over_several_nodes(world: World) -> None:
         labels = {**template["metadata"]["labels"], "leaderworkerset.sigs.k8s.io/worker-index": str(index)}
         world.run(world.pod(f"{NAME}-0-{index}", labels, template["spec"], owner))
     instances = world.backend.server("ft-triton-bloom", None, "default").instances
-    assert [(one.name, one.is_chief) for one in instances] == [(f"{NAME}-0-0", True), (f"{NAME}-0-1", False)]
+    assert [(each.name, each.is_chief) for each in instances] == [(f"{NAME}-0-0", True), (f"{NAME}-0-1", False)]
     world.backend.update_server("ft-triton-bloom", None, "default", ServerUpdate(image="hasten:2", gpus=4))
     group = world.object("LeaderWorkerSet", NAME)["spec"]["leaderWorkerTemplate"]
     for template in (group["leaderTemplate"], group["workerTemplate"]):
-        one = template["spec"]["containers"][0]
-        assert one["image"] == "hasten:2"
-        assert {"name": "PET_NPROC_PER_NODE", "value": "4"} in one["env"]
+        each = template["spec"]["containers"][0]
+        assert each["image"] == "hasten:2"
+        assert {"name": "PET_NPROC_PER_NODE", "value": "4"} in each["env"]
     world.backend.delete_server("ft-triton-bloom", None, "default")
     assert world.leftovers() == []
 

@@ -27,7 +27,7 @@ def test_a_volume_and_all_that_belongs_to_it(world: World) -> None:
     assert world.leftovers() == parts
     assert base64.b64decode(world.object("Secret", "bloom-pvc-key")["data"]["akSecret"]) == b"geheim"
     listed = world.backend.volumes("default")
-    assert [(one.name, one.access_mode, one.description) for one in listed] == [
+    assert [(each.name, each.access_mode, each.description) for each in listed] == [
         ("bloom-pvc", "ReadWriteMany", "BLOOM"),
     ]
     world.backend.delete_volume("bloom-pvc", "default")
@@ -48,8 +48,8 @@ def test_a_volume_of_another_namespace_stays(world: World, gone: tuple[str, str]
     namespaces(world, "a", "a-b")
     for namespace, name in NEIGHBOURS:
         world.backend.create_volume(bucket(namespace=namespace, name=name))
-    bound = {one["metadata"]["name"] for one in world.store.all("PersistentVolume")}
-    assert {one["spec"]["volumeName"] for one in world.store.all("PersistentVolumeClaim")} == bound
+    bound = {each["metadata"]["name"] for each in world.store.all("PersistentVolume")}
+    assert {each["spec"]["volumeName"] for each in world.store.all("PersistentVolumeClaim")} == bound
     assert len(bound) == 2
     world.backend.delete_volume(gone[1], gone[0])
     namespace, name = stays
@@ -64,8 +64,8 @@ def earlier_volume(world: World, namespace: str, name: str) -> None:
     """A volume as earlier versions named it."""
     secret, volume, claim = volume_objects(bucket(namespace=namespace, name=name), "s")
     volume["metadata"]["name"] = f"{namespace}-{name}"
-    for one in (secret, volume, claim):
-        world.store.write(one)
+    for each in (secret, volume, claim):
+        world.store.write(each)
 
 
 def test_a_volume_of_an_earlier_version_is_found_by_its_claim(world: World) -> None:
@@ -119,7 +119,7 @@ def claim(world: World, name: str, phase: str) -> None:
 def test_claims_of_others_are_listed_when_bound_and_never_deleted(world: World) -> None:
     claim(world, "shared", "Bound")
     claim(world, "waiting", "Pending")
-    assert [(one.name, one.owner, one.access_mode) for one in world.backend.volumes("default")] == [
+    assert [(each.name, each.owner, each.access_mode) for each in world.backend.volumes("default")] == [
         ("shared", "anna", "ReadOnlyMany")
     ]
     with pytest.raises(ClusterError, match="volume shared was not made by hasten"):
@@ -182,8 +182,8 @@ def test_nodes_and_their_gpus(world: World) -> None:
     world.run(world.train("convert-bloom"))
     world.backend.submit(training("ended", gpus=2))
     world.run(world.train("ended"), "Succeeded")
-    told = [(one.name, one.role, one.status, one.gpus, one.allocated_gpus) for one in world.backend.nodes()]
-    assert told == [
+    message = [(each.name, each.role, each.status, each.gpus, each.allocated_gpus) for each in world.backend.nodes()]
+    assert message == [
         ("amd-1", "<none>", "NotReady", 4, 0),
         ("gpu-1", "<none>", "Ready", 10, 4),
         ("head", "control-plane", "Ready,SchedulingDisabled", 0, 0),

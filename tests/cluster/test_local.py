@@ -32,8 +32,8 @@ sys.stdin.read()
 
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path / "home") as made:
-        yield made
+    with site(tmp_path / "home") as result:
+        yield result
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ HOLD = "echo $CUDA_VISIBLE_DEVICES; exec sleep 600"
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setenv("HASTEN_GPUS", "4")
-    with site(tmp_path / "home") as made:
-        yield made
+    with site(tmp_path / "home") as result:
+        yield result
 
 
 def waits(here: Site, name: str, reason: str) -> None:

@@ -27,8 +27,8 @@ dist.destroy_process_group()
 
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path / "home") as made:
-        yield made
+    with site(tmp_path / "home") as result:
+        yield result
 
 
 def test_instances_are_told_their_ranks(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def test_instances_are_told_their_ranks(here: Site, monkeypatch: pytest.MonkeyPa
     show = f"for name in {names} {more}; do eval echo \\${{$name-unset}}; done"
     here.submit("ranks", show, workers=3, nproc_per_node="2")
     job = here.ended("ranks")
-    assert [(one.name, one.is_chief) for one in job.instances] == [
+    assert [(each.name, each.is_chief) for each in job.instances] == [
         ("ranks-master-0", True),
         ("ranks-worker-0", False),
         ("ranks-worker-1", False),
@@ -84,13 +84,13 @@ def test_the_failure_of_one_ends_the_others(here: Site, tmp_path: Path) -> None:
     here.submit("together", command, workers=3, retry=1)
     job = here.ended("together")
     assert job.reason == "together-worker-0 ended with exit code 9"
-    reasons = [one.reason for one in job.instances]
+    reasons = [each.reason for each in job.instances]
     assert reasons == [
         "was ended: together-worker-0 ended with exit code 9",
         "ended with exit code 9",
         "was ended: together-worker-0 ended with exit code 9",
     ]
-    assert all(one.status is Status.FAILED and one.restarts == 1 for one in job.instances)
+    assert all(each.status is Status.FAILED and each.restarts == 1 for each in job.instances)
 
 
 @pytest.mark.parametrize(("policy", "left"), [("Running", 2), ("All", 0)])
@@ -98,7 +98,7 @@ def test_a_job_ends_with_its_master(here: Site, policy: str, left: int) -> None:
     here.submit("master", "[ $RANK = 0 ] || exec sleep 600", workers=2, clean_task_policy=policy)
     job = here.ended("master")
     assert job.status is Status.SUCCEEDED
-    assert [one.reason for one in job.instances][1:] == ["was ended: the job has succeeded"][: left // 2]
+    assert [each.reason for each in job.instances][1:] == ["was ended: the job has succeeded"][: left // 2]
     if not left:
         with pytest.raises(NotFoundError, match="job master has no instance; there are: none"):
             here.logs("master")
@@ -108,7 +108,7 @@ def test_instances_may_be_left_running(here: Site, tmp_path: Path) -> None:
     wait = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"
     here.submit("left", f"[ $RANK = 0 ] || {{ {wait}; echo last words; }}", workers=2, clean_task_policy="None")
     job = here.ended("left")
-    assert [one.status for one in job.instances] == [Status.SUCCEEDED, Status.RUNNING]
+    assert [each.status for each in job.instances] == [Status.SUCCEEDED, Status.RUNNING]
     (tmp_path / "go").touch()
     assert here.logs("left", instance="left-worker-0", follow=True) == ["last words"]
     assert here.job("left").instances[1].status is Status.SUCCEEDED

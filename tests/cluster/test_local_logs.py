@@ -14,8 +14,8 @@ from hasten.core.errors import NotFoundError
 
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path / "home") as made:
-        yield made
+    with site(tmp_path / "home") as result:
+        yield result
 
 
 def lines(folder: Path, **options: object) -> list[str]:

@@ -29,10 +29,10 @@ def mounted(
 
 def _refusal(prefix: list[str]) -> str | None:
     try:
-        made = mounted([], "true", prefix=prefix)
+        result = mounted([], "true", prefix=prefix)
     except FileNotFoundError as error:
         return str(error)
-    return made.stderr or None if made.returncode else None
+    return result.stderr or None if result.returncode else None
 
 
 @pytest.fixture(params=["as it is", "without privileges"])
@@ -40,27 +40,27 @@ def prefix(request: pytest.FixtureRequest) -> list[str]:
     """How to run a command: as this user, and as one that may mount in a user namespace of its own alone."""
     if request.param == "without privileges" and os.geteuid() != 0:
         pytest.skip("this user has no privileges already")
-    made = NOBODY if request.param == "without privileges" else []
-    if (refusal := _refusal(made)) is not None:
+    result = NOBODY if request.param == "without privileges" else []
+    if (refusal := _refusal(result)) is not None:
         pytest.skip(f"no mounts here: {refusal}")
-    return made
+    return result
 
 
 @pytest.fixture
 def volume() -> Iterator[Path]:
     """A folder that anybody may write."""
-    made = Path(tempfile.mkdtemp())
-    made.chmod(0o777)
-    (made / "sub").mkdir()
-    (made / "sub" / "file").write_text("inside\n")
-    yield made
-    shutil.rmtree(made)
+    result = Path(tempfile.mkdtemp())
+    result.chmod(0o777)
+    (result / "sub").mkdir()
+    (result / "sub" / "file").write_text("inside\n")
+    yield result
+    shutil.rmtree(result)
 
 
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path / "home") as made:
-        yield made
+    with site(tmp_path / "home") as result:
+        yield result
 
 
 @pytest.mark.parametrize("path", ["/mnt", "/no-such/folder", "/mnt/deep/er", "/usr/share/no-such", "/tmp/no-such/x"])
@@ -69,10 +69,10 @@ def test_a_folder_is_seen_at_a_path(prefix: list[str], volume: Path, path: str) 
     script = (
         f"cat {path}/sub/file; echo new > {path}/new; id -u; pwd; ls {volume}/sub; [ -c /dev/null ] && ls -A / | wc -l"
     )
-    made = mounted([(str(volume), path, False)], script, prefix=prefix, start=f"{path}/sub")
+    result = mounted([(str(volume), path, False)], script, prefix=prefix, start=f"{path}/sub")
     user = 65534 if prefix else os.geteuid()
     count = len(entries) + path.startswith("/no-such")
-    assert made.stdout.splitlines() == ["inside", str(user), f"{path}/sub", "file", str(count)], made.stderr
+    assert result.stdout.splitlines() == ["inside", str(user), f"{path}/sub", "file", str(count)], result.stderr
     assert (volume / "new").read_text() == "new\n"
     assert (volume / "new").stat().st_uid == user
     assert sorted(entry.name for entry in Path("/").iterdir()) == entries  # no trace on the machine
@@ -82,24 +82,26 @@ def test_a_folder_is_seen_at_a_path(prefix: list[str], volume: Path, path: str) 
 def test_what_is_for_reading_only_cannot_be_written(prefix: list[str], volume: Path) -> None:
     inner = str(volume / "sub")
     script = "cat /mnt/sub/file; echo x > /mnt/new; echo x > /mnt/inner/new"
-    made = mounted(
+    result = mounted(
         [(str(volume), "/mnt", True), (inner, "/mnt/sub", True)], script.replace("inner", "sub"), prefix=prefix
     )
-    assert made.stdout == "inside\n"
-    assert made.stderr.count("Read-only file system") == 2
+    assert result.stdout == "inside\n"
+    assert result.stderr.count("Read-only file system") == 2
 
 
 def test_nothing_is_created_where_it_would_vanish(prefix: list[str], volume: Path) -> None:
-    made = mounted([(str(volume), "/no-such/folder", False)], "echo x > /no-such/other; echo x > /other", prefix=prefix)
-    assert made.stderr.count("Read-only file system") == 2
+    result = mounted(
+        [(str(volume), "/no-such/folder", False)], "echo x > /no-such/other; echo x > /other", prefix=prefix
+    )
+    assert result.stderr.count("Read-only file system") == 2
 
 
 def test_a_mount_in_a_mount(prefix: list[str], volume: Path) -> None:
     """A path that the outer one lacks is made in it, as container engines do."""
     other = str(volume / "sub")
     script = "cat /mnt/a/b/file; echo x > /mnt/top"
-    made = mounted([(other, "/mnt/a/b", False), (str(volume), "/mnt", False)], script, prefix=prefix)
-    assert (made.stdout, made.stderr) == ("inside\n", "")
+    result = mounted([(other, "/mnt/a/b", False), (str(volume), "/mnt", False)], script, prefix=prefix)
+    assert (result.stdout, result.stderr) == ("inside\n", "")
     assert (volume / "a" / "b").is_dir()
     assert (volume / "top").exists()
 
@@ -134,30 +136,30 @@ def test_what_others_delete_meanwhile_is_left_out(prefix: list[str], volume: Pat
         each.chmod(0o777)
     command = [*prefix, PYTHON, "-c", VANISHING, str(folder), str(volume)]
     env = {**os.environ, "PYTHONPATH": str(Path(hasten.__file__).parents[1])}
-    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S, cwd="/", env=env)
-    assert (made.stdout, made.stderr) == ("new stays file\n", "")
+    completed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S, cwd="/", env=env)
+    assert (completed.stdout, completed.stderr) == ("new stays file\n", "")
 
 
 def test_files_and_links(prefix: list[str], volume: Path) -> None:
     file = str(volume / "sub" / "file")
     for path in ("/etc/passwd", "/etc/no-such/conf"):
         assert mounted([(file, path, True)], f"cat {path}; ls -d /bin", prefix=prefix).stdout == "inside\n/bin\n"
-    made = mounted([(file, "/mnt", True)], "true", prefix=prefix)
-    assert made.returncode == FAILED
-    assert "cannot mount" in made.stderr
-    assert "one is a folder and the other is not" in made.stderr
+    result = mounted([(file, "/mnt", True)], "true", prefix=prefix)
+    assert result.returncode == FAILED
+    assert "cannot mount" in result.stderr
+    assert "one is a folder and the other is not" in result.stderr
 
 
 def test_a_command_that_cannot_be_run(prefix: list[str], volume: Path) -> None:
-    made = mounted([], "true", prefix=prefix, start="/no/such")
-    assert (made.returncode, made.stderr) == (
+    result = mounted([], "true", prefix=prefix, start="/no/such")
+    assert (result.returncode, result.stderr) == (
         FAILED,
         "hasten: error: cannot start in /no/such: No such file or directory\n",
     )
     command = [*prefix, *mount_command(["no-such-program"], [], "/")]
     path = {"PATH": "/usr/bin:/bin"}
-    made = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=path)
-    assert (made.returncode, made.stderr) == (
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=path)
+    assert (result.returncode, result.stderr) == (
         FAILED,
         "hasten: error: cannot run no-such-program: No such file or directory\n",
     )
@@ -168,13 +170,13 @@ def test_where_the_kernel_forbids_it_another_way_is_named(volume: Path) -> None:
     script = 'echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-all --inh-caps=-all "$@"'
     prefix = ["unshare", "--user", "--map-root-user", "sh", "-c", script, "sh"]
     try:
-        made = mounted([(str(volume), "/mnt", False)], "true", prefix=prefix)
+        result = mounted([(str(volume), "/mnt", False)], "true", prefix=prefix)
     except FileNotFoundError:
         pytest.skip("there is no unshare")
-    if "unshare" in made.stderr:
-        pytest.skip(made.stderr)
-    assert made.returncode == FAILED
-    assert made.stderr == (
+    if "unshare" in result.stderr:
+        pytest.skip(result.stderr)
+    assert result.returncode == FAILED
+    assert result.stderr == (
         "hasten: error: the kernel does not let this user make a mount namespace "
         f"(the limit user.max_user_namespaces); {ALONE}\n"
     )
@@ -204,8 +206,10 @@ def _interpreter(prefix: list[str], env: dict[str, str]) -> str:
     again += "sys.exit(subprocess.call([sys.executable, '-c', 'import hasten.cluster.local.backend']))"
     for python in (PYTHON, "/usr/bin/python3"):
         if Path(python).exists():
-            made = subprocess.run([*prefix, python, "-c", again], capture_output=True, check=False, cwd="/", env=env)
-            if made.returncode == 0:
+            completed = subprocess.run(
+                [*prefix, python, "-c", again], capture_output=True, check=False, cwd="/", env=env
+            )
+            if completed.returncode == 0:
                 return python
     pytest.skip("this user may start no Python that has hasten")
 
@@ -213,9 +217,9 @@ def _interpreter(prefix: list[str], env: dict[str, str]) -> str:
 def test_a_job_of_a_user_without_privileges(prefix: list[str], volume: Path) -> None:
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(hasten.__file__).parents[1])}
     command = [*prefix, _interpreter(prefix, env), "-c", JOB, str(volume / "home"), str(volume)]
-    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S, cwd="/", env=env)
+    completed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S, cwd="/", env=env)
     user = 65534 if prefix else os.geteuid()
-    assert (made.stdout, made.stderr) == (f"inside inside {user}\nSUCCEEDED\n", "")
+    assert (completed.stdout, completed.stderr) == (f"inside inside {user}\nSUCCEEDED\n", "")
 
 
 def test_volumes_are_known_by_name(here: Site, volume: Path) -> None:
@@ -224,7 +228,7 @@ def test_volumes_are_known_by_name(here: Site, volume: Path) -> None:
     backend.create_volume(Volume(name="fixed", path=str(volume), read_only=True, description="tales"))
     with pytest.raises(ExistsError, match="volume vol exists in namespace default"):
         backend.create_volume(Volume(name="vol", path=str(volume)))
-    seen = [(one.name, one.access_mode, one.description) for one in backend.volumes(None)]
+    seen = [(item.name, item.access_mode, item.description) for item in backend.volumes(None)]
     assert seen == [("fixed", "ReadOnlyMany", "tales"), ("vol", "ReadWriteMany", str(volume))]
     assert backend.volumes("other") == []
     backend.delete_volume("vol", "default")

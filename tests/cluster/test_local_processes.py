@@ -38,9 +38,9 @@ def test_members_are_found_by_mark_and_by_session() -> None:
         assert not any(alive(pid) for pid in found)
         assert alive(stranger.pid)
     finally:
-        for one in (process, stranger, unmarked):
-            os.killpg(one.pid, signal.SIGKILL)
-            one.wait()
+        for each in (process, stranger, unmarked):
+            os.killpg(each.pid, signal.SIGKILL)
+            each.wait()
     assert start_of(process.pid) is None
 
 

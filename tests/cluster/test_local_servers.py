@@ -48,8 +48,8 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Health).serve_forever()
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setenv("HASTEN_GPUS", "3")
-    with site(tmp_path / "home") as made:
-        yield made
+    with site(tmp_path / "home") as result:
+        yield result
 
 
 class StandIn:
@@ -131,7 +131,7 @@ def test_replicas_are_replaced_one_after_the_other(here: Site) -> None:
     eventually(lambda: all(len(server.logs(number)) == 3 for number in (0, 1)), lambda: f"{server.seen()}")
     written = sorted((*line.split()[:2], number) for number in (0, 1) for line in server.logs(number, timestamps=True))
     # a replica that did not answer for a moment is replaced first
-    orders = [[("ends", one), ("serves", one), ("ends", 1 - one), ("serves", 1 - one)] for one in (0, 1)]
+    orders = [[("ends", each), ("serves", each), ("ends", 1 - each), ("serves", 1 - each)] for each in (0, 1)]
     assert [(word, number) for _, word, number in written][2:] in orders
     assert [server.word(number) for number in (0, 1)] == ["new", "new"]
     assert [line.split()[0] for line in server.logs(0)] == ["serves", "ends", "serves"]
@@ -161,14 +161,14 @@ def test_replicas_wait_for_gpus(here: Site) -> None:
     assert (waiting.status, waiting.reason) == (Status.PENDING, "waits for 2 GPUs, 1 of 3 is free")
     server.change(gpus=1)
     # the second replica fits beside the first's old form, which is replaced only then
-    eventually(lambda: [one.gpus for one in server.seen().instances] == [1, 1], lambda: f"{server.seen()}")
+    eventually(lambda: [each.gpus for each in server.seen().instances] == [1, 1], lambda: f"{server.seen()}")
     server.reaches(2)
     assert here.backend.nodes()[0].allocated_gpus == 2
 
 
 def test_a_replica_that_is_never_ready_is_started_again(here: Site) -> None:
     server = StandIn(here, env={"READY": "0"}, startup_timeout=0.7)
-    eventually(lambda: any(one.restarts for one in server.seen().instances), lambda: f"{server.seen()}")
+    eventually(lambda: any(each.restarts for each in server.seen().instances), lambda: f"{server.seen()}")
     messages = [event.message for event in server.seen().events if event.reason == "BackOff"]
     assert messages[0] == "was not ready within --startup-timeout, 0.7 s; starts again in 0.5 s"
 
@@ -203,12 +203,12 @@ def test_hasten_serves_a_model(here: Site, tmp_path: Path) -> None:
     """The demo model's repository, from `serve triton` to its deletion, with a replica killed in between."""
     assert main(["repository", "create", "examples/demo-model", str(tmp_path / "models")]) == 0
     ports: dict[str, Any] = {f"{name}_port": free_port() for name in ("http", "grpc", "metrics")}
-    asked = TritonServer(name="demo", version="1", model_repository=str(tmp_path / "models"), **ports)
-    here.backend.serve(asked)
+    requested = TritonServer(name="demo", version="1", model_repository=str(tmp_path / "models"), **ports)
+    here.backend.serve(requested)
     with pytest.raises(ExistsError, match="server demo of version 1 exists"):
-        here.backend.serve(asked)
+        here.backend.serve(requested)
     with pytest.raises(ConfigError, match=f"--http-port {ports['http_port']} is a port of server demo@1"):
-        here.backend.serve(replace(asked, version="2"))
+        here.backend.serve(replace(requested, version="2"))
 
     def ready(restarts: int = 0) -> bool:
         server = here.backend.server("demo", None, "default")

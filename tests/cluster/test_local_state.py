@@ -24,8 +24,8 @@ from hasten.core.ports import free_port
 
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path / "home") as made:
-        yield made
+    with site(tmp_path / "home") as result:
+        yield result
 
 
 def test_a_volume_whose_record_is_damaged(here: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -35,7 +35,7 @@ def test_a_volume_whose_record_is_damaged(here: Site, tmp_path: Path, caplog: py
     folder = here.home / "volumes" / "default"
     (folder / "bad.json").write_text("{half")
     (folder / "old.json").write_text("{}")
-    assert [one.name for one in here.backend.volumes("default")] == ["good"]
+    assert [volume.name for volume in here.backend.volumes("default")] == ["good"]
     for name in ("bad", "old"):
         record = folder / f"{name}.json"
         assert f"the record {record} cannot be read" in caplog.text
@@ -44,7 +44,7 @@ def test_a_volume_whose_record_is_damaged(here: Site, tmp_path: Path, caplog: py
             here.submit("job", "true", data=(f"{name}:/mnt",))
         record.rename(tmp_path / record.name)
         here.backend.create_volume(Volume(name=name, path=str(tmp_path)))
-    assert [one.name for one in here.backend.volumes("default")] == ["bad", "good", "old"]
+    assert [volume.name for volume in here.backend.volumes("default")] == ["bad", "good", "old"]
     assert "delete" not in caplog.text
 
 
@@ -84,16 +84,16 @@ def test_a_server_whose_record_is_of_another_version(
         with pytest.raises(ClusterError, match=unreadable):
             backend.update_server("bad", None, "default", ServerUpdate(replicas=0))
     else:
-        assert [one.name for one in backend.servers(None)] == ["good"]
+        assert [each.name for each in backend.servers(None)] == ["good"]
         assert f"the record {folder}/spec.json cannot be read" in caplog.text
         for verb in (backend.server, backend.delete_server):
             with pytest.raises(ClusterError, match=unreadable):
                 verb("bad", None, "default")
     backend.serve(server("third", str(tmp_path)))
     backend.update_server("good", None, "default", ServerUpdate(env=("A=1",)))
-    assert {"good", "third"} <= {one.name for one in backend.servers(None)}
+    assert {"good", "third"} <= {each.name for each in backend.servers(None)}
     (folder / "spec.json").write_text(json.dumps(record))
-    assert {one.name for one in backend.servers(None)} == {"bad", "good", "third"}
+    assert {each.name for each in backend.servers(None)} == {"bad", "good", "third"}
 
 
 def server(name: str, repository: str) -> TritonServer:
@@ -129,8 +129,8 @@ def test_what_others_keep_in_the_home_stays(here: Site, tmp_path: Path) -> None:
     for path in (theirs, dead):
         path.parent.mkdir(parents=True)
         path.touch()
-        for one in (path, path.parent):
-            os.utime(one, (0, 0))
+        for each in (path, path.parent):
+            os.utime(each, (0, 0))
     here.run("good", "true")
     here.over("good")
     here.backend.delete_job("good", "default")
@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half(here: Site, monkeypatch: pytes
                 WRITES[verb](here.backend, str(tmp_path))
         assert sorted(here.home.rglob("*")) == before
         assert [job.name for job in here.backend.jobs(None)] == ["good"]
-        assert [one.name for one in here.backend.volumes(None)] == ["v"]
+        assert [volume.name for volume in here.backend.volumes(None)] == ["v"]
         here.backend.delete_job("good", "default")  # which makes room
     assert not here.folder("good").path.exists()
     assert list((here.home / "scratch").iterdir()) == []

@@ -50,20 +50,20 @@ def templates(value: Any, schema: Any, whole: Object) -> Iterator[Object]:
 
 def builtins(objects: list[Object]) -> Iterator[Object]:
     """Objects of Kubernetes' own kinds, and the pods in others."""
-    for one in objects:
-        if not is_custom(one):
-            yield one
+    for body in objects:
+        if not is_custom(body):
+            yield body
             continue
-        schema = SCHEMAS[one["kind"].lower()]
-        for template in templates(one, schema, schema):
+        schema = SCHEMAS[body["kind"].lower()]
+        for template in templates(body, schema, schema):
             yield {"apiVersion": "v1", "kind": "Pod", **template}
 
 
 def validate_lists(objects: list[Object], release: str) -> None:
     """Validate objects of the same kind at once, for speed."""
     by_kind: dict[tuple[str, str], list[Object]] = defaultdict(list)
-    for one in objects:
-        by_kind[one["apiVersion"], one["kind"]].append(one)
+    for body in objects:
+        by_kind[body["apiVersion"], body["kind"]].append(body)
     for (version, kind), items in by_kind.items():
         whole = {"apiVersion": version, "kind": f"{kind}List", "metadata": {}, "items": items}
         kubernetes_validate.validate(whole, release, strict=True)
@@ -82,12 +82,12 @@ def portable(objects: list[Object]) -> list[Object]:
 @pytest.mark.parametrize("name", CASES)
 def test_objects_are_those_of_the_golden_file(name: str) -> None:
     path = HERE / "golden" / f"{name}.yaml"
-    made = portable(CASES[name].objects())
+    result = portable(CASES[name].objects())
     if os.environ.get("HASTEN_REWRITE_GOLDEN"):
-        path.write_text(dumped(made))
+        path.write_text(dumped(result))
         pytest.fail(f"{path} was written anew: read it, then run without HASTEN_REWRITE_GOLDEN")
-    assert list(yaml.safe_load_all(path.read_text())) == made
-    assert path.read_text() == dumped(made), "the golden file is not written as it would be printed"
+    assert list(yaml.safe_load_all(path.read_text())) == result
+    assert path.read_text() == dumped(result), "the golden file is not written as it would be printed"
 
 
 def test_every_golden_file_has_a_case() -> None:
@@ -96,7 +96,7 @@ def test_every_golden_file_has_a_case() -> None:
 
 @pytest.mark.parametrize("kind", [TrainingJob, TritonServer, Volume])
 def test_every_option_has_a_case(kind: type[Any]) -> None:
-    options = {one.name: one.default for one in dataclasses.fields(kind) if "help" in one.metadata}
+    options = {entry.name: entry.default for entry in dataclasses.fields(kind) if "help" in entry.metadata}
     specs = [case.spec for case in CASES.values() if isinstance(case.spec, kind)]
     shown = {name for name, default in options.items() if any(getattr(spec, name) != default for spec in specs)}
     assert set(options) - shown - LOCAL_ONLY == set()
@@ -104,17 +104,17 @@ def test_every_option_has_a_case(kind: type[Any]) -> None:
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_builtin_kinds_are_valid_in_every_release(release: str) -> None:
-    validate_lists([one for case in CASES.values() for one in builtins(case.objects())], release)
+    validate_lists([body for case in CASES.values() for body in builtins(case.objects())], release)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("volume")])
 def test_custom_resources_are_valid(name: str) -> None:
-    for one in filter(is_custom, CASES[name].objects()):
-        jsonschema.validate(one, SCHEMAS[one["kind"].lower()], cls=jsonschema.Draft202012Validator)
+    for body in filter(is_custom, CASES[name].objects()):
+        jsonschema.validate(body, SCHEMAS[body["kind"].lower()], cls=jsonschema.Draft202012Validator)
 
 
 def test_every_schema_is_used_and_is_itself_valid() -> None:
-    used = {one["kind"].lower() for case in CASES.values() for one in case.objects() if is_custom(one)}
+    used = {body["kind"].lower() for case in CASES.values() for body in case.objects() if is_custom(body)}
     assert used == set(SCHEMAS)
     for schema in SCHEMAS.values():
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -125,11 +125,11 @@ def test_a_misspelt_field_is_found(release: str) -> None:
     good = SERVERS["serve"].objects()
     for kind in ("Deployment", "Service"):
         bad = copy.deepcopy(good)
-        next(one for one in bad if one["kind"] == kind)["spec"]["tipe"] = "x"
+        next(entry for entry in bad if entry["kind"] == kind)["spec"]["tipe"] = "x"
         with pytest.raises(kubernetes_validate.ValidationError, match="tipe"):
             validate_lists(bad, release)
     pods = list(builtins(CASES["job"].objects()))
-    assert [one["kind"] for one in pods] == ["Pod"]
+    assert [entry["kind"] for entry in pods] == ["Pod"]
     pods[0]["spec"]["containers"][0]["imagePullPolice"] = "Always"
     with pytest.raises(kubernetes_validate.ValidationError, match="imagePullPolice"):
         validate_lists(pods, release)
@@ -137,49 +137,49 @@ def test_a_misspelt_field_is_found(release: str) -> None:
 
 @pytest.mark.parametrize("name", ["job-limits", "train-job-options", "serve-multinode", "serve-autoscale-queue"])
 def test_a_misspelt_field_of_a_custom_resource_is_found(name: str) -> None:
-    one = next(filter(is_custom, CASES[name].objects()))
-    one["spec"]["replicsa"] = 1
+    entry = next(filter(is_custom, CASES[name].objects()))
+    entry["spec"]["replicsa"] = 1
     with pytest.raises(jsonschema.ValidationError, match="replicsa"):
-        jsonschema.validate(one, SCHEMAS[one["kind"].lower()])
+        jsonschema.validate(entry, SCHEMAS[entry["kind"].lower()])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_object_is_labelled_and_in_its_namespace(name: str) -> None:
-    for one in CASES[name].objects():
-        assert one["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "hasten"
-        if one["kind"] != "PersistentVolume":
-            assert one["metadata"]["namespace"] == CASES[name].spec.namespace
+    for body in CASES[name].objects():
+        assert body["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "hasten"
+        if body["kind"] != "PersistentVolume":
+            assert body["metadata"]["namespace"] == CASES[name].spec.namespace
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_objects_have_different_names_and_come_as_plain_data(name: str) -> None:
-    made = CASES[name].objects()
-    names = [(one["kind"], one["metadata"]["name"]) for one in made]
+    result = CASES[name].objects()
+    names = [(entry["kind"], entry["metadata"]["name"]) for entry in result]
     assert len(set(names)) == len(names)
-    assert "&id" not in dumped(made)
-    assert json.loads(json.dumps(made)) == made
+    assert "&id" not in dumped(result)
+    assert json.loads(json.dumps(result)) == result
 
 
 def every_pod() -> list[tuple[str, Object]]:
     found = []
     for name, case in CASES.items():
-        for one in builtins(case.objects()):
-            if one["kind"] == "Pod":
-                found.append((name, one))
-            if one["kind"] == "Deployment":
-                found.append((name, one["spec"]["template"]))
+        for body in builtins(case.objects()):
+            if body["kind"] == "Pod":
+                found.append((name, body))
+            if body["kind"] == "Deployment":
+                found.append((name, body["spec"]["template"]))
     return found
 
 
 def test_every_pod_runs_without_rights() -> None:
     pods = every_pod()
     assert len(pods) > len(CASES) / 2
-    for name, one in pods:
-        security = one["spec"]["securityContext"]
+    for name, entry in pods:
+        security = entry["spec"]["securityContext"]
         assert security["runAsNonRoot"], name
         assert security["runAsUser"], name
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}, name
-        for each in one["spec"]["containers"] + one["spec"].get("initContainers", []):
+        for each in entry["spec"]["containers"] + entry["spec"].get("initContainers", []):
             mine = each["securityContext"]
             assert not mine["allowPrivilegeEscalation"], name
             assert mine["readOnlyRootFilesystem"], name
@@ -188,9 +188,9 @@ def test_every_pod_runs_without_rights() -> None:
 
 
 def test_every_pod_can_write_where_programs_write_and_enter_its_working_folder() -> None:
-    for name, one in every_pod():
-        sources = {volume["name"]: volume for volume in one["spec"]["volumes"]}
-        for each in one["spec"]["containers"] + one["spec"].get("initContainers", []):
+    for name, entry in every_pod():
+        sources = {volume["name"]: volume for volume in entry["spec"]["volumes"]}
+        for each in entry["spec"]["containers"] + entry["spec"].get("initContainers", []):
             mounted = {mount["mountPath"]: sources[mount["name"]] for mount in each["volumeMounts"]}
             assert {"/tmp", "/root"} <= set(mounted), name
             if each.get("workingDir") == "/root":
@@ -198,12 +198,12 @@ def test_every_pod_can_write_where_programs_write_and_enter_its_working_folder()
 
 
 def test_an_owner_is_named_in_what_it_owns_and_nowhere_else() -> None:
-    made = CASES["job-tensorboard"].objects()
-    live = {**made[0], "metadata": {**made[0]["metadata"], "uid": "1-2-3"}}
+    result = CASES["job-tensorboard"].objects()
+    live = {**result[0], "metadata": {**result[0]["metadata"], "uid": "1-2-3"}}
     reference = {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "name": "train", "uid": "1-2-3"}
-    dependents = owned(made[1:], live)
-    assert [one["metadata"]["ownerReferences"] for one in dependents] == [[reference], [reference]]
-    assert all("ownerReferences" not in one["metadata"] for one in made)
+    dependents = owned(result[1:], live)
+    assert [item["metadata"]["ownerReferences"] for item in dependents] == [[reference], [reference]]
+    assert all("ownerReferences" not in item["metadata"] for item in result)
     validate_lists(dependents, RELEASES[-1])
 
 
@@ -234,7 +234,7 @@ def test_objects_are_made_anew_each_time() -> None:
 
 
 def test_the_articles_names_are_arenas() -> None:
-    served = {one["kind"]: one for one in ARTICLE["article-serve"].objects()}
+    served = {body["kind"]: body for body in ARTICLE["article-serve"].objects()}
     assert set(served) == {"Deployment", "Service", "PodMonitor"}
     service = served["Service"]
     assert service["metadata"]["name"] == "ft-triton-bloom-1-tritoninferenceserver"
@@ -253,11 +253,11 @@ def _is_server(case: Case) -> bool:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if _is_server(case)])
 def test_selectors_of_a_server_find_its_pods(name: str) -> None:
-    made = CASES[name].objects()
-    main = made[0]["spec"]
+    result = CASES[name].objects()
+    main = result[0]["spec"]
     template = main["template"] if "template" in main else main["leaderWorkerTemplate"]["leaderTemplate"]
     labels = template["metadata"]["labels"] | {"leaderworkerset.sigs.k8s.io/worker-index": "0"}
-    for one in made:
-        selector = one["spec"].get("selector") if one["kind"] != "ConfigMap" else None
+    for entry in result:
+        selector = entry["spec"].get("selector") if entry["kind"] != "ConfigMap" else None
         if selector is not None:
-            assert selector.get("matchLabels", selector).items() <= labels.items(), one["kind"]
+            assert selector.get("matchLabels", selector).items() <= labels.items(), entry["kind"]

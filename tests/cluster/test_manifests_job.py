@@ -32,8 +32,8 @@ def job(**options: Any) -> TrainingJob:
 
 def main_container(**options: Any) -> dict[str, Any]:
     """The container of a job, as it is read back from YAML."""
-    (one,) = yaml.safe_load_all(yaml.safe_dump_all(job_objects(job(**options))))
-    return one["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
+    (each,) = yaml.safe_load_all(yaml.safe_dump_all(job_objects(job(**options))))
+    return each["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
 
 
 def expanded(text: str, variables: dict[str, str]) -> str:
@@ -67,16 +67,16 @@ def test_a_command_is_one_argument_after_the_shell(command: str) -> None:
 @given(SHELL_TEXTS)
 def test_a_shell_gets_what_was_quoted_for_it(text: str) -> None:
     command = main_container(command=shlex.join(["printf", "%s", text]))["command"]
-    arguments = [expanded(one, {"HOME": "wrong"}) for one in command]
+    arguments = [expanded(each, {"HOME": "wrong"}) for each in command]
     assert subprocess.run(arguments, check=True, capture_output=True).stdout.decode() == text
 
 
 @FEW
 @given(st.lists(st.tuples(st.from_regex(r"[A-Z_]{1,8}", fullmatch=True), TEXTS), unique_by=lambda pair: pair[0]))
 def test_variables_have_the_values_that_were_given(pairs: list[tuple[str, str]]) -> None:
-    made = main_container(env=[f"{name}={value}" for name, value in pairs])["env"]
-    values = {one["name"]: expanded(one["value"], {"HOME": "wrong"}) for one in made}
-    assert len(values) == len(made)
+    result = main_container(env=[f"{name}={value}" for name, value in pairs])["env"]
+    values = {each["name"]: expanded(each["value"], {"HOME": "wrong"}) for each in result}
+    assert len(values) == len(result)
     assert values | dict(pairs) == values
 
 
@@ -193,8 +193,8 @@ def test_what_an_indexed_job_cannot_do_is_refused_by_name(options: dict[str, Any
 
 
 def test_the_users_own_home_folder_is_not_hidden() -> None:
-    made = main_container(data=["home-of-all:/root"])
-    assert [mount["name"] for mount in made["volumeMounts"] if mount["mountPath"] == "/root"] == ["home-of-all"]
+    result = main_container(data=["home-of-all:/root"])
+    assert [mount["name"] for mount in result["volumeMounts"] if mount["mountPath"] == "/root"] == ["home-of-all"]
 
 
 @pytest.mark.any_python
@@ -217,10 +217,10 @@ def test_torchrun_in_two_pods_gives_hasten_its_ranks(tmp_path: Path) -> None:
         for rank in ("0", "1")
     ]
     try:
-        told = [pod.communicate(timeout=100) for pod in pods]
+        reported = [pod.communicate(timeout=100) for pod in pods]
     finally:
         for pod in pods:
             pod.kill()
             pod.communicate()
-    ranks = [rank_from_environment(json.loads(out.partition("VARIABLES ")[2])) for out, _ in told]
-    assert ranks == [RankInfo(rank, 2, 1, "127.0.0.1", int(port)) for rank in (0, 1)], told
+    ranks = [rank_from_environment(json.loads(out.partition("VARIABLES ")[2])) for out, _ in reported]
+    assert ranks == [RankInfo(rank, 2, 1, "127.0.0.1", int(port)) for rank in (0, 1)], reported

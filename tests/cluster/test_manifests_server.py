@@ -42,7 +42,7 @@ def test_any_name_of_a_folder_or_of_a_model_arrives(folder: str, models: list[st
     words = words_of(server_objects(server(model_repository=folder, load_model=models), crds=ALL_CRDS))
     assert words[:3] == ["exec", "hasten", "serve"]
     assert f"--model-repository={folder}" in words
-    assert [word for word in words if word.startswith("--load-model=")] == [f"--load-model={one}" for one in models]
+    assert [word for word in words if word.startswith("--load-model=")] == [f"--load-model={model}" for model in models]
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_any_name_of_a_folder_or_of_a_model_arrives(folder: str, models: list[st
     [n for n, case in CASES.items() if isinstance(case.spec, TritonServer) and case.spec.runtime == "hasten"],
 )
 def test_hasten_serve_takes_the_command_line(name: str) -> None:
-    spec, made = CASES[name].spec, CASES[name].objects()
+    spec, result = CASES[name].spec, CASES[name].objects()
     assert isinstance(spec, TritonServer)
-    words = words_of(made)
+    words = words_of(result)
     options = serve_options(build_parser().parse_args(words[words.index("serve") :]))
     assert options.model_repository == (spec.model_repository,)
     assert (options.endpoints.http_port, options.endpoints.grpc_port) == (spec.http_port, spec.grpc_port)
@@ -66,21 +66,21 @@ def test_hasten_serve_takes_the_command_line(name: str) -> None:
 @FEW
 @given(st.integers(1, 100_000), st.integers(1, 100_000))
 def test_a_server_has_its_time_to_load_and_to_end(start: int, end: int) -> None:
-    made = server_objects(server(startup_timeout=start, exit_timeout=end), crds=ALL_CRDS)
-    (main,) = pod_of(made)["containers"]
+    objects = server_objects(server(startup_timeout=start, exit_timeout=end), crds=ALL_CRDS)
+    (main,) = pod_of(objects)["containers"]
     startup = main["startupProbe"]
     assert start <= startup["periodSeconds"] * startup["failureThreshold"] < start + startup["periodSeconds"]
-    assert made[0]["spec"]["progressDeadlineSeconds"] > start
-    assert pod_of(made)["terminationGracePeriodSeconds"] > end + main["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert objects[0]["spec"]["progressDeadlineSeconds"] > start
+    assert pod_of(objects)["terminationGracePeriodSeconds"] > end + main["lifecycle"]["preStop"]["sleep"]["seconds"]
 
 
 def test_metrics_are_collected_by_the_operator_or_by_annotations() -> None:
     spec = server(allow_metrics=True)
     with_operator = server_objects(spec, crds=ALL_CRDS)
-    assert [one["kind"] for one in with_operator] == ["Deployment", "Service", "PodMonitor"]
+    assert [each["kind"] for each in with_operator] == ["Deployment", "Service", "PodMonitor"]
     assert "annotations" not in with_operator[0]["spec"]["template"]["metadata"]
     without = server_objects(spec, crds=frozenset())
-    assert [one["kind"] for one in without] == ["Deployment", "Service"]
+    assert [each["kind"] for each in without] == ["Deployment", "Service"]
     assert without[0]["spec"]["template"]["metadata"]["annotations"]["prometheus.io/port"] == "8002"
 
 
@@ -91,7 +91,7 @@ def test_the_public_service_has_no_metrics() -> None:
 
 
 def test_an_autoscaler_alone_decides_on_the_replicas() -> None:
-    kinds = {one["kind"]: one for one in server_objects(server(autoscale="1:4", cpu="2"), crds=ALL_CRDS)}
+    kinds = {body["kind"]: body for body in server_objects(server(autoscale="1:4", cpu="2"), crds=ALL_CRDS)}
     assert "replicas" not in kinds["Deployment"]["spec"]
     assert kinds["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["kind"] == "Deployment"
     assert "PodDisruptionBudget" in kinds
@@ -99,7 +99,7 @@ def test_an_autoscaler_alone_decides_on_the_replicas() -> None:
 
 def test_only_the_leader_of_a_group_answers() -> None:
     spec = server(runtime="tritonserver", multinode=2, replicas=2)
-    kinds = {one["kind"]: one for one in server_objects(spec, crds=ALL_CRDS)}
+    kinds = {body["kind"]: body for body in server_objects(spec, crds=ALL_CRDS)}
     worker_index = "leaderworkerset.sigs.k8s.io/worker-index"
     assert kinds["Service"]["spec"]["selector"][worker_index] == "0"
     assert kinds["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"][worker_index] == "0"

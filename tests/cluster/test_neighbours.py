@@ -40,8 +40,8 @@ def state(world: World) -> dict[str, str]:
     """All objects as they are stored, by kind, namespace and name."""
     world.store.settle()
     return {
-        f"{one['kind']} {one['metadata'].get('namespace', '')} {one['metadata']['name']}": json.dumps(one)
-        for one in world.store.all()
+        f"{each['kind']} {each['metadata'].get('namespace', '')} {each['metadata']['name']}": json.dumps(each)
+        for each in world.store.all()
     }
 
 
@@ -100,8 +100,8 @@ def _taken(backend: Backend) -> None:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[Site]:
-    with site(tmp_path / "home") as made:
-        yield made
+    with site(tmp_path / "home") as result:
+        yield result
 
 
 def test_local_neighbours(here: Site, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_local_neighbours(here: Site, tmp_path: Path) -> None:
     here.backend.delete_volume("b-c", "a")
     left = {(job.namespace, job.name): job.status for job in here.backend.jobs(None)}
     assert left == {key: Status.RUNNING for key in JOBS if key != ("a", "a")}
-    assert {(one.namespace, one.name) for one in here.backend.volumes(None)} == set(VOLUMES) - {("a", "b-c")}
+    assert {(volume.namespace, volume.name) for volume in here.backend.volumes(None)} == set(VOLUMES) - {("a", "b-c")}
 
 
 def test_an_update_of_one_version_names_it(full: World) -> None:

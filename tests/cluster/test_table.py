@@ -54,8 +54,8 @@ def test_columns() -> None:
     ],
 )
 def test_allocated_gpus(status: Status, instances: tuple[Status, ...], allocated: str) -> None:
-    made = tuple(Instance(name=str(rank), status=one, created=BEGAN, gpus=2) for rank, one in enumerate(instances))
-    job = Job(name="x", namespace="n", status=status, created=BEGAN, ended=BEGAN, gpus=4, instances=made)
+    result = tuple(Instance(name=str(rank), status=each, created=BEGAN, gpus=2) for rank, each in enumerate(instances))
+    job = Job(name="x", namespace="n", status=status, created=BEGAN, ended=BEGAN, gpus=4, instances=result)
     assert table.job_lines([job])[1].split() == ["x", status, "PYTORCHJOB", "0s", "4", allocated, "N/A"]
 
 

@@ -132,14 +132,14 @@ def test_bad_values_are_named(kind: type[Any], good: dict[str, Any], bad: dict[s
     ],
 )
 def test_values_at_the_edge_are_good(kind: type[Any], values: dict[str, Any]) -> None:
-    made = kind(**values)
-    assert {name: getattr(made, name) for name in values} == values
+    result = kind(**values)
+    assert {name: getattr(result, name) for name in values} == values
 
 
 def test_configurations_cannot_be_changed() -> None:
-    for made in (AttentionConfig(**ATTENTION), ModelConfig(**MODEL), EngineConfig(model="m"), CacheConfig()):
+    for result in (AttentionConfig(**ATTENTION), ModelConfig(**MODEL), EngineConfig(model="m"), CacheConfig()):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(made, dataclasses.fields(made)[0].name, 1)
+            setattr(result, dataclasses.fields(result)[0].name, 1)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,11 @@ def test_layers_that_stages_cannot_have(stages: int, layers: str | None, message
 
 
 def test_layers_of_stages_as_python_has_them() -> None:
-    made = EngineConfig.create("m", tensor_parallel_size=2, pipeline_parallel_size=3, pipeline_layers=[10, 11, 11])
-    assert made.parallel == ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=3, pipeline_layers="10,11,11")
-    assert (made.parallel.dealt_layers, made.parallel.ranks) == ((10, 11, 11), 6)
+    created = EngineConfig.create("m", tensor_parallel_size=2, pipeline_parallel_size=3, pipeline_layers=[10, 11, 11])
+    assert created.parallel == ParallelConfig(
+        tensor_parallel_size=2, pipeline_parallel_size=3, pipeline_layers="10,11,11"
+    )
+    assert (created.parallel.dealt_layers, created.parallel.ranks) == ((10, 11, 11), 6)
 
 
 def test_no_sequence_is_longer_than_a_model_has_positions() -> None:
@@ -207,10 +209,10 @@ def test_no_sequence_is_longer_than_a_model_has_positions() -> None:
 
 
 def test_flat_options_find_their_part() -> None:
-    made = EngineConfig.create(
+    created = EngineConfig.create(
         "folder", tensor_parallel_size=2, block_size=32, max_model_len=100, dtype="fp16", seed=7, tokenizer=None
     )
-    assert made == EngineConfig(
+    assert created == EngineConfig(
         model="folder",
         dtype="fp16",
         seed=7,
@@ -224,10 +226,10 @@ def test_flat_options_find_their_part() -> None:
 def test_names_of_vllm() -> None:
     given: dict[str, Any] = {"gpu_memory_utilization": 0.5, "enable_prefix_caching": False, "enforce_eager": True}
     given |= {"kv_cache_memory_bytes": 1000, "async_scheduling": True, "tokenizer": Path("there"), "seed": 3}
-    made = EngineConfig.create("folder", **given)
-    assert (made.cache.gpu_memory_utilization, made.cache.enable_prefix_caching) == (0.5, False)
-    assert (made.cache.kv_cache_memory, made.scheduler.overlap_steps, made.enforce_eager) == (1000, True, True)
-    assert (made.tokenizer, made.seed) == ("there", 3)
+    created = EngineConfig.create("folder", **given)
+    assert (created.cache.gpu_memory_utilization, created.cache.enable_prefix_caching) == (0.5, False)
+    assert (created.cache.kv_cache_memory, created.scheduler.overlap_steps, created.enforce_eager) == (1000, True, True)
+    assert (created.tokenizer, created.seed) == ("there", 3)
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes and kv_cache_memory are one option"):
         EngineConfig.create("folder", kv_cache_memory=1, kv_cache_memory_bytes=1)
 

@@ -96,8 +96,8 @@ def test_none_is_what_is_left_out(name: str) -> None:
 
 
 def test_max_tokens_of_none_is_up_to_the_models_length() -> None:
-    made = SamplingParams(max_tokens=None, min_tokens=500)
-    assert made.max_length(10, 2048) == 2048
+    params = SamplingParams(max_tokens=None, min_tokens=500)
+    assert params.max_length(10, 2048) == 2048
     assert SamplingParams(max_tokens=5).max_length(10, 2048) == 15
     assert SamplingParams(max_tokens=5).max_length(10, 12) == 12
     assert SamplingParams(max_tokens=5).max_length(10, None) == 15
@@ -116,9 +116,9 @@ def test_max_tokens_of_none_is_up_to_the_models_length() -> None:
 )
 def test_structured_outputs_are_the_fields_that_they_name(given: dict[str, Any], wanted: dict[str, Any]) -> None:
     for form in (given, StructuredOutputsParams(**given)):  # type: ignore[typeddict-item]
-        made = SamplingParams(structured_outputs=form)  # type: ignore[arg-type]
-        assert made == SamplingParams(**wanted)
-        assert replace(made, n=2) == SamplingParams(**wanted, n=2)
+        params = SamplingParams(structured_outputs=form)  # type: ignore[arg-type]
+        assert params == SamplingParams(**wanted)
+        assert replace(params, n=2) == SamplingParams(**wanted, n=2)
     with pytest.raises(InvalidRequestError, match=r"structured_outputs and \w+ say the same"):
         SamplingParams(structured_outputs=given, **wanted)  # type: ignore[arg-type]
 
@@ -147,8 +147,8 @@ def test_the_signature_names_all_parameters() -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    made = SamplingParams(max_tokens=np.int64(3), top_p=np.float32(0.5), stop_token_ids=np.arange(2))  # type: ignore[arg-type]
-    assert (made.max_tokens, made.top_p, made.stop_token_ids) == (3, 0.5, (0, 1))
+    params = SamplingParams(max_tokens=np.int64(3), top_p=np.float32(0.5), stop_token_ids=np.arange(2))  # type: ignore[arg-type]
+    assert (params.max_tokens, params.top_p, params.stop_token_ids) == (3, 0.5, (0, 1))
 
 
 def test_stop_strings_need_text() -> None:
@@ -195,25 +195,25 @@ def test_what_beams_cannot_do_is_not_ignored(values: dict[str, Any]) -> None:
     ],
 )
 def test_values_at_the_edge_are_good(values: dict[str, Any]) -> None:
-    made = SamplingParams(**values)
-    assert all(getattr(made, name) == value or isinstance(value, list) for name, value in values.items())
+    params = SamplingParams(**values)
+    assert all(getattr(params, name) == value or isinstance(value, list) for name, value in values.items())
 
 
 def test_lists_are_kept_as_tuples_and_a_single_string_as_one() -> None:
-    made = SamplingParams(
+    params = SamplingParams(
         stop="end",
         stop_token_ids=[1, 2],
         stop_words_ids=[[3, 4], (5,)],
         bad_words="never",
         bad_words_ids=[[6]],
     )
-    assert made.stop == ("end",)
-    assert made.stop_token_ids == (1, 2)
-    assert made.stop_words_ids == ((3, 4), (5,))
-    assert made.bad_words == ("never",)
-    assert made.bad_words_ids == ((6,),)
+    assert params.stop == ("end",)
+    assert params.stop_token_ids == (1, 2)
+    assert params.stop_words_ids == ((3, 4), (5,))
+    assert params.bad_words == ("never",)
+    assert params.bad_words_ids == ((6,),)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
-    assert hash(made) == hash(SamplingParams(**vars(made)))
+    assert hash(params) == hash(SamplingParams(**vars(params)))
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def test_lists_are_kept_as_tuples_and_a_single_string_as_one() -> None:
     ],
 )
 def test_what_a_request_needs(values: dict[str, Any], greedy: bool, has_penalty: bool, is_plain: bool) -> None:
-    made = SamplingParams(**values)
-    assert (made.greedy, made.has_penalty, made.is_plain) == (greedy, has_penalty, is_plain)
+    params = SamplingParams(**values)
+    assert (params.greedy, params.has_penalty, params.is_plain) == (greedy, has_penalty, is_plain)
 
 
 def test_reasons_are_the_words_that_users_compare_with() -> None:

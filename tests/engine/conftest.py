@@ -121,10 +121,10 @@ def make_sequence() -> MakeSequence:
 
     def make(token_ids: Iterable[int], seed: int = 0, output: Iterable[int] = (), **params: Any) -> Sequence:
         chosen = SamplingParams(**params)
-        made = Sequence(Request(request_id="r", prompt_token_ids=tuple(token_ids), params=chosen), seed)
-        made.token_ids += output
-        made.key = next(keys)
-        return made
+        result = Sequence(Request(request_id="r", prompt_token_ids=tuple(token_ids), params=chosen), seed)
+        result.token_ids += output
+        result.key = next(keys)
+        return result
 
     return make
 
@@ -142,7 +142,7 @@ class Reference:
         import torch
 
         ids = torch.tensor([prompt])
-        made = self.model.generate(
+        outputs = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -150,7 +150,7 @@ class Reference:
             max_new_tokens=count,
             eos_token_id=None,
         )
-        return list(made[0, len(prompt) :].tolist())
+        return list(outputs[0, len(prompt) :].tolist())
 
     def logprobs(self, ids: list[int]) -> Any:
         """[tokens, vocabulary]: at each place those of the token that follows."""
@@ -168,6 +168,6 @@ def reference() -> Callable[[Path], Reference]:
 @pytest.fixture(scope="session")
 def llm(tiny_bloom: Path) -> Iterable[LLM]:
     """With everything as it is by default; tests leave it as they found it."""
-    with LLM(tiny_bloom) as made:
-        yield made
-        assert made.engine.scheduler.blocks.num_used == 0
+    with LLM(tiny_bloom) as llm:
+        yield llm
+        assert llm.engine.scheduler.blocks.num_used == 0

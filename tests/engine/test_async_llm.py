@@ -37,9 +37,9 @@ LONG = replace(GREEDY, max_tokens=1500)
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[AsyncLLM]:
-    made = AsyncLLM(DEMO)
-    yield made
-    made.close()
+    engine = AsyncLLM(DEMO)
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="module")

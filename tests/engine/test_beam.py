@@ -118,13 +118,13 @@ def test_a_search_that_is_wide_enough_finds_what_trying_all_finds(eos: Tokens, p
     params = SamplingParams(beam_width=vocab**length, max_tokens=length, length_penalty=penalty)
     scores: dict[Tokens, float] = {}
     for tokens in product(range(vocab), repeat=length):
-        end = next((place for place, token in enumerate(tokens) if token in eos), length - 1) + 1
-        total = sum(dict(candidates(tokens[:place], vocab, vocab))[tokens[place]] for place in range(end))
+        end = next((index for index, token in enumerate(tokens) if token in eos), length - 1) + 1
+        total = sum(dict(candidates(tokens[:index], vocab, vocab))[tokens[index]] for index in range(end))
         scores[tokens[:end]] = total / end**penalty
     found = [each for each in run([params], [()], eos, vocab)[0] if math.isfinite(each.score)]
     assert {hypothesis.token_ids: hypothesis.score for hypothesis in found} == pytest.approx(scores, abs=1e-5)
     assert [hypothesis.score for hypothesis in found] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-5)
-    assert all(one.score >= other.score for one, other in pairwise(found))
+    assert all(item.score >= other.score for item, other in pairwise(found))
     assert all(hypothesis.ended == (hypothesis.token_ids[-1] in eos) for hypothesis in found)
 
 
@@ -248,16 +248,16 @@ class Device:
                 assert self.cache.manager._references[block] == 1
                 slots[block][position % size] = prefix
             seen.append(prefix)
-        return [seen[place] for place in message.sampled]
+        return [seen[index] for index in message.sampled]
 
     def _move(self, message: StepMessage, tables: list[list[int]]) -> None:
         size, slots = self.cache.manager.block_size, self.cache.slots
-        for place, first, parent in message.moves:
+        for index, first, parent in message.moves:
             source = first + (parent if parent >= 0 else int(self._kept[1, -1 - parent]))
-            whole, tail = divmod(message.starts[place], size)
-            tables[place][:whole] = tables[source][:whole]
+            whole, tail = divmod(message.starts[index], size)
+            tables[index][:whole] = tables[source][:whole]
             if tail:
-                slots[tables[place][whole]][:tail] = slots[tables[source][whole]][:tail]
+                slots[tables[index][whole]][:tail] = slots[tables[source][whole]][:tail]
 
     def choose(self, sequences: list[Sequence], seen: list[Tokens]) -> Chosen:
         """Choose what comes next, before the step is noted as done."""
@@ -318,7 +318,7 @@ class Ranks:
         if batch.sequences:
             message = self.follower.follow(batch)
             seen = self.device.run(message, torch.from_numpy(self.follower.tables.array))
-            sequences = [batch.sequences[place] for place in batch.sampled]
+            sequences = [batch.sequences[index] for index in batch.sampled]
             self.flights.append(self.device.choose(sequences, seen))
             self.scheduler.advance(batch)
             self.device.cache.check_books(list(self.scheduler._sequences.values()))
@@ -334,7 +334,7 @@ class Ranks:
             assert {member in running for member in sequence.unit} == {sequence in running}
         for victim in batch.preempted:
             assert not any(member.block_table or member in batch.sequences for member in victim.unit)
-        sampled = [batch.sequences[place] for place in batch.sampled]
+        sampled = [batch.sequences[index] for index in batch.sampled]
         for sequence in sampled:
             if sequence.beams is not None and len(sequence.successors) == 1:
                 assert all(member in sampled for member in sequence.unit)

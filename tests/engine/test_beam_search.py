@@ -84,7 +84,7 @@ def wanted(reference: Reference, prompt: list[int], params: SamplingParams, eos:
             scores_bv[:, banned] = float("-inf")
         return scores_bv
 
-    made = reference.model.generate(
+    result = reference.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
@@ -103,8 +103,10 @@ def wanted(reference: Reference, prompt: list[int], params: SamplingParams, eos:
         output_scores=True,
     )
     beams = []
-    for tokens, score in zip(made.sequences[:, len(prompt) :].tolist(), made.sequences_scores.tolist(), strict=True):
-        length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+    for tokens, score in zip(
+        result.sequences[:, len(prompt) :].tolist(), result.sequences_scores.tolist(), strict=True
+    ):
+        length = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
         beams.append((tokens[:length], score))
     return beams
 
@@ -400,13 +402,13 @@ def test_a_withdrawn_request_has_its_beams_so_far(overlap: bool, bloom: Path) ->
 def test_prompt_logprobs_beside_beams(bloom: Path) -> None:
     with LLM(bloom) as llm:
         options: dict[str, Any] = {"prompt_logprobs": 1, "max_tokens": 3, "ignore_eos": True}
-        one, beams = llm.generate(
+        item, beams = llm.generate(
             [PROMPTS[4]] * 2, [SamplingParams(**options), SamplingParams(beam_width=3, **options)]
         )
-        assert one.prompt_logprobs is not None
+        assert item.prompt_logprobs is not None
         assert beams.prompt_logprobs is not None
         assert len(beams.prompt_logprobs) == len(PROMPTS[4])
-        for a, b in zip(one.prompt_logprobs[1:], beams.prompt_logprobs[1:], strict=True):
+        for a, b in zip(item.prompt_logprobs[1:], beams.prompt_logprobs[1:], strict=True):
             assert a is not None
             assert b is not None
             assert {token: entry.rank for token, entry in a.items()} == {
@@ -445,11 +447,11 @@ def test_a_search_that_overflows_ends_alone(bloom: Path, monkeypatch: pytest.Mon
         def poisoned(*given: Any) -> Any:
             nonlocal steps
             steps += 1
-            made = logits(*given)
-            assert made is not None
+            result = logits(*given)
+            assert result is not None
             if steps == 4:
-                made[1] = float("nan")  # the second of the first request's beams
-            return made
+                result[1] = float("nan")  # the second of the first request's beams
+            return result
 
         monkeypatch.setattr(llm.engine.worker.runner, "logits", poisoned)
         bad, good = llm.generate([PROMPTS[3], PROMPTS[2]], params)

@@ -93,16 +93,16 @@ def constrained(schema: dict[str, Any], **params: Any) -> SamplingParams:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["steps", "overlapped"])
 def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
-    with LLM(DEMO, overlap_steps=request.param) as made:
-        yield made
-        assert made.engine.scheduler.blocks.num_used == 0
+    with LLM(DEMO, overlap_steps=request.param) as engine:
+        yield engine
+        assert engine.engine.scheduler.blocks.num_used == 0
 
 
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[GrammarCompiler]:
-    made = GrammarCompiler(Tokenizer.from_folder(DEMO), 1024, (EOS,))
-    yield made
-    made.close()
+    result = GrammarCompiler(Tokenizer.from_folder(DEMO), 1024, (EOS,))
+    yield result
+    result.close()
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -160,7 +160,7 @@ def test_chunked_and_preempted_requests_make_the_same_output(llm: LLM) -> None:
 )
 def test_other_kinds_of_grammars(llm: LLM, params: dict[str, Any], pattern: str) -> None:
     outputs = llm.generate(["Anna"] * 6, [SamplingParams(seed=seed, max_tokens=60, **params) for seed in range(6)])
-    ended = [one.outputs[0].text for one in outputs if one.outputs[0].finish_reason is FinishReason.STOP]
+    ended = [each.outputs[0].text for each in outputs if each.outputs[0].finish_reason is FinishReason.STOP]
     assert len(ended) >= 3
     assert all(re.fullmatch(pattern, text) for text in ended), ended
 
@@ -214,7 +214,9 @@ def test_tokens_that_a_grammar_forces_are_taken_without_a_step(ranks: int, monke
         one_by_one, more_steps = run()
     for name, output, expected in zip(FORCED, found, one_by_one, strict=True):
         # the last bits of log-probabilities depend on what else is in the batch
-        same = [[replace(one, logprobs=None, cumulative_logprob=None) for one in o.outputs] for o in (output, expected)]
+        same = [
+            [replace(each, logprobs=None, cumulative_logprob=None) for each in o.outputs] for o in (output, expected)
+        ]
         assert same[0] == same[1], name
     assert [completion.token_ids for completion in alone[0].outputs] == [found[1].outputs[0].token_ids]
     assert len(found[-1].outputs[0].logprobs or ()) == len(found[-1].outputs[0].token_ids)
@@ -269,11 +271,11 @@ def test_what_cannot_be_compiled_is_refused_when_it_comes(llm: LLM, name: str) -
 @pytest.mark.parametrize("name", ["rules", "references"])
 def test_rules_that_refer_to_each_other_in_a_long_chain_do_not_end_the_process(name: str, llm: LLM) -> None:
     if name == "rules":
-        rules = [f"r{place}: r{place + 1}" for place in range(4500)]
+        rules = [f"r{index}: r{index + 1}" for index in range(4500)]
         params = SamplingParams(grammar="\n".join(["start: r0", *rules, 'r4500: "a"']))
     else:
         chain: dict[str, Any] = {
-            f"d{place}": {"properties": {"a": {"$ref": f"#/$defs/d{place + 1}"}}} for place in range(1100)
+            f"d{index}": {"properties": {"a": {"$ref": f"#/$defs/d{index + 1}"}}} for index in range(1100)
         }
         params = constrained({"$defs": chain | {"d1100": {"type": "string"}}, "$ref": "#/$defs/d0"}, max_tokens=8)
     assert llm.generate("Anna", params)[0].outputs[0].finish_reason is not None
@@ -322,24 +324,24 @@ def tokens_of(words: NDArray[np.int32]) -> set[int]:
 
 
 def test_the_end_token_is_allowed_only_where_the_text_is_whole(compiler: GrammarCompiler) -> None:
-    one, two = (Tokenizer.from_folder(DEMO).encode(text, add_special_tokens=False) for text in ("a", "b"))
-    assert (len(one), len(two)) == (1, 1)
+    first, second = (Tokenizer.from_folder(DEMO).encode(text, add_special_tokens=False) for text in ("a", "b"))
+    assert (len(first), len(second)) == (1, 1)
     state = begin(compiler, regex="a(b)?")
-    assert tokens(state) == {one[0]} | (tokens(state) - {EOS})
+    assert tokens(state) == {first[0]} | (tokens(state) - {EOS})
     assert EOS not in tokens(state)
-    assert not state.accept(one[0])
-    assert tokens(state) == {two[0], EOS}
+    assert not state.accept(first[0])
+    assert tokens(state) == {second[0], EOS}
     other = state.fork()
-    assert other.accept(two[0])
-    assert tokens(state) == {two[0], EOS}
+    assert other.accept(second[0])
+    assert tokens(state) == {second[0], EOS}
     assert state.error is None
-    state.accept(one[0])
+    state.accept(first[0])
     assert state.error is not None
 
 
 @pytest.mark.parametrize("count", [2001, 20_000])
 def test_any_number_of_choices(llm: LLM, compiler: GrammarCompiler, count: int) -> None:
-    choices = [f"choice {place:05}" for place in range(count)]
+    choices = [f"choice {index:05}" for index in range(count)]
     output = llm.generate("Anna", SamplingParams(choice=choices, temperature=0, max_tokens=20))[0].outputs[0]
     assert (output.finish_reason, output.text in choices) == (FinishReason.STOP, True)
 

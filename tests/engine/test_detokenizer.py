@@ -31,21 +31,21 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def byte_level() -> FastTokenizer:
-    made = FastTokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    result = FastTokenizer(models.BPE())
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
+    result.train_from_iterator(
         CORPUS,
         trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
-    return made
+    return result
 
 
 def byte_level_in_sequence() -> FastTokenizer:
-    made = byte_level()
-    made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
-    return made
+    result = byte_level()
+    result.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    return result
 
 
 def with_bytes(made: FastTokenizer, decoder: decoders.Decoder) -> FastTokenizer:
@@ -58,56 +58,56 @@ def with_bytes(made: FastTokenizer, decoder: decoders.Decoder) -> FastTokenizer:
 
 def byte_fallback(*, strip: bool) -> FastTokenizer:
     """As Llama's, and without stripping as Gemma's."""
-    made = FastTokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    result = FastTokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     prepend = [normalizers.Prepend("\u2581")] if strip else []
-    made.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "\u2581")])
-    made.train_from_iterator(
+    result.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "\u2581")])
+    result.train_from_iterator(
         CORPUS, trainers.BpeTrainer(vocab_size=340, special_tokens=[*SPECIAL, *BYTES], show_progress=False)
     )
     parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    return with_bytes(made, decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if strip else parts))
+    return with_bytes(result, decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if strip else parts))
 
 
 def metaspace() -> FastTokenizer:
     """As T5's."""
-    made = FastTokenizer(models.Unigram())
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.train_from_iterator(
+    result = FastTokenizer(models.Unigram())
+    result.pre_tokenizer = pre_tokenizers.Metaspace()
+    result.train_from_iterator(
         CORPUS, trainers.UnigramTrainer(vocab_size=60, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
     )
-    made.decoder = decoders.Metaspace()
-    return made
+    result.decoder = decoders.Metaspace()
+    return result
 
 
 def word_piece() -> FastTokenizer:
     """As BERT's."""
-    made = FastTokenizer(models.WordPiece(unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.train_from_iterator(
+    result = FastTokenizer(models.WordPiece(unk_token="<unk>"))
+    result.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    result.train_from_iterator(
         CORPUS, trainers.WordPieceTrainer(vocab_size=90, special_tokens=SPECIAL, show_progress=False)
     )
-    made.decoder = decoders.WordPiece(cleanup=True)
-    return made
+    result.decoder = decoders.WordPiece(cleanup=True)
+    return result
 
 
 def suffixes() -> FastTokenizer:
     """As GPT-1's: the end of a word is marked, and the last word of a text has no space."""
-    made = FastTokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.train_from_iterator(
+    result = FastTokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
+    result.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    result.train_from_iterator(
         CORPUS,
         trainers.BpeTrainer(vocab_size=90, special_tokens=SPECIAL, end_of_word_suffix="</w>", show_progress=False),
     )
-    made.decoder = decoders.BPEDecoder(suffix="</w>")
-    return made
+    result.decoder = decoders.BPEDecoder(suffix="</w>")
+    return result
 
 
 def without_decoder() -> FastTokenizer:
-    made = FastTokenizer(
+    result = FastTokenizer(
         models.WordLevel({word: i for i, word in enumerate([*SPECIAL, "a", "b", "the", "lamp"])}, "<unk>")
     )
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return made
+    result.pre_tokenizer = pre_tokenizers.Whitespace()
+    return result
 
 
 KINDS: dict[str, Callable[[], FastTokenizer]] = {
@@ -124,9 +124,9 @@ KINDS: dict[str, Callable[[], FastTokenizer]] = {
 
 @cache
 def fast_of(kind: str) -> FastTokenizer:
-    made = KINDS[kind]()
-    made.add_tokens([AddedToken("<|added|>", normalized=False), AddedToken(" caf\u00e9", normalized=False)])
-    return made
+    result = KINDS[kind]()
+    result.add_tokens([AddedToken("<|added|>", normalized=False), AddedToken(" caf\u00e9", normalized=False)])
+    return result
 
 
 CLEANED = ["word piece, cleaned", "byte fallback, cleaned"]
@@ -220,9 +220,9 @@ def test_a_stop_string_is_found_as_soon_as_the_text_has_it(
         found = state.add(token, look_for_stop=True)
         assert (found is not None) == any(word in text for word in stop)
         if found is not None:
-            place = min(text.find(word) for word in stop if word in text)
-            assert text.startswith(found, place)
-            assert state.text == text[:place] + (found if include else "")
+            index = min(text.find(word) for word in stop if word in text)
+            assert text.startswith(found, index)
+            assert state.text == text[:index] + (found if include else "")
             return
         assert text.startswith(state.settled)
 

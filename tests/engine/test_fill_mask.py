@@ -79,7 +79,7 @@ def test_logits_token_ids_and_vectors_in_the_same_steps(llm: LLM, bert: Path) ->
     text = texts_with("[MASK]")[1]
     ids = tokenizer.encode(text)
     assert tokenizer.mask_token_id is not None
-    logits = their_output(model, ids)[[place for place, token in enumerate(ids) if token == tokenizer.mask_token_id]]
+    logits = their_output(model, ids)[[index for index, token in enumerate(ids) if token == tokenizer.mask_token_id]]
     best = logits.topk(7)
     params = PoolingParams(task="fill_mask", activation=False)
     for prompt in (text, {"prompt_token_ids": ids}):
@@ -89,9 +89,9 @@ def test_logits_token_ids_and_vectors_in_the_same_steps(llm: LLM, bert: Path) ->
             assert [word.score for word in mask] == pytest.approx(row_scores.tolist(), abs=BOUND)
     alone = llm.embed(text)[0].outputs.embedding
     engine = llm.engine
-    places = tuple(place for place, token in enumerate(ids) if token == tokenizer.mask_token_id)
+    indices = tuple(index for index, token in enumerate(ids) if token == tokenizer.mask_token_id)
     engine.add(Request(request_id="vector", prompt_token_ids=tuple(ids), pooling=PoolingParams()))
-    engine.add(Request(request_id="words", prompt_token_ids=tuple(ids), pooling=params, masks=places))
+    engine.add(Request(request_id="words", prompt_token_ids=tuple(ids), pooling=params, masks=indices))
     found = {output.request_id: output.outputs for output in engine.step()}
     assert found["vector"].embedding == pytest.approx(alone, abs=BOUND)  # type: ignore[union-attr]
     assert [word.token for word in found["words"].candidates[0]] == best.indices[0, :5].tolist()  # type: ignore[union-attr]

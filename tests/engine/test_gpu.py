@@ -287,12 +287,12 @@ def test_beams_are_those_of_the_cpu(name: str, folder: Callable[[str], Path]) ->
     small = {**SMALL, "max_num_seqs": 32}
     with LLM(folder(name), device="cpu", dtype="fp32", **small) as llm:
         right = llm.generate(prompts, params)
-    scores = [one.cumulative_logprob for output in right[:-1] for one in output.outputs]
+    scores = [item.cumulative_logprob for output in right[:-1] for item in output.outputs]
     for eager, overlap in product((False, True), (False, True)):
         with on_gpu(folder(name), **small, enforce_eager=eager, overlap_steps=overlap) as llm:
             found = llm.generate(prompts, params)
             assert tokens_of(found) == tokens_of(right)
-            assert [one.cumulative_logprob for output in found[:-1] for one in output.outputs] == pytest.approx(
+            assert [item.cumulative_logprob for output in found[:-1] for item in output.outputs] == pytest.approx(
                 scores, abs=1e-3
             )
             assert llm.engine.scheduler.blocks.num_used == 0

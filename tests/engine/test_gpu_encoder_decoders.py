@@ -43,8 +43,8 @@ def test_log_probabilities_in_half_precision(kind: str, dtype: str, tmp_path: Pa
         found = output.outputs[0]
         assert found.logprobs is not None
         right = their_logprobs(folder, prompt, found.token_ids)
-        for place, top in enumerate(found.logprobs):
-            errors += [abs(entry.logprob - float(right[place, token])) for token, entry in top.items()]
+        for index, top in enumerate(found.logprobs):
+            errors += [abs(entry.logprob - float(right[index, token])) for token, entry in top.items()]
     assert torch.tensor(errors).mean() < {"fp16": 0.01, "bf16": 0.08}[dtype]
 
 

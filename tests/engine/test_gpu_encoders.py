@@ -34,4 +34,4 @@ def test_overlapped_steps_change_nothing(tmp_path: Path) -> None:
     for overlap in (False, True):
         with LLM(folder, device="cuda", dtype="fp32", overlap_steps=overlap, max_num_batched_tokens=512) as llm:
             found.append([torch.tensor(output.outputs.embedding) for output in llm.embed(texts, use_tqdm=False)])
-    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*found, strict=True))
+    assert all(torch.allclose(first, other, atol=1e-5) for first, other in zip(*found, strict=True))

@@ -63,13 +63,13 @@ def test_sequences_take_turns_among_the_matchers_of_a_grammar(
 ) -> None:
     monkeypatch.setattr(grammar, "available_cpus", lambda: 3)
     monkeypatch.setattr(grammar, "_MORE_MATCHERS_S", 1e6)
-    made = compiler.compiled(SamplingParams(regex="turns|turnips"))
-    assert made is not None
-    constraints = [Constraint.begin(made) for _ in range(7)]
+    result = compiler.compiled(SamplingParams(regex="turns|turnips"))
+    assert result is not None
+    constraints = [Constraint.begin(result) for _ in range(7)]
     assert [constraint.lock for constraint in constraints] == [0, 1, 2, 0, 1, 2, 0]
     constraints.append(constraints[4].fork())
     assert constraints[-1].lock == 1
-    masks = np.full((len(constraints), made.words), -1, np.int32)
+    masks = np.full((len(constraints), result.words), -1, np.int32)
     fill_allowed(constraints, masks)
     assert masks.any()
     assert (masks == masks[0]).all()
@@ -92,9 +92,9 @@ def test_a_grammar_is_compiled_again_as_long_as_that_takes_little_time_whatever_
     monkeypatch.setattr(time, "thread_time", lambda: now[0])
     monkeypatch.setattr(grammar, "available_cpus", lambda: 4)
     monkeypatch.setattr(grammar, "_MORE_MATCHERS_S", 1.0)
-    made = compiler.compiled(SamplingParams(regex=f"{seconds}"))
-    assert made is not None
-    assert len(made.matchers) == matchers
+    result = compiler.compiled(SamplingParams(regex=f"{seconds}"))
+    assert result is not None
+    assert len(result.matchers) == matchers
 
 
 def test_a_grammar_is_compiled_once(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:

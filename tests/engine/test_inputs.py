@@ -70,7 +70,7 @@ class Run:
                     self.truth[child.key] = list(child.token_ids)
             if self.overlap:
                 self._deliver()
-            self.flight = [batch.sequences[place] for place in batch.sampled]
+            self.flight = [batch.sequences[index] for index in batch.sampled]
             tokens = [self.rng.randrange(100, 1000) for _ in self.flight]
             self.chosen[: len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
             for sequence, token in zip(self.flight, tokens, strict=True):
@@ -129,16 +129,16 @@ def expect_plan(meta: ops.AttentionMeta, query_rows: list[int], tables: Tensor) 
     blocks = tables.flatten().tolist()
     found: dict[int, tuple[int, list[int], int]] = {}
     for start, query_row, out_row, count, position in _items(meta.plan.tiles):
-        for place in range(count):
-            assert out_row + place not in found
-            sees = max(0, position + place + 1)
-            found[out_row + place] = (query_row + place, blocks[start : start + -(-sees // BLOCK_SIZE)], sees)
+        for index in range(count):
+            assert out_row + index not in found
+            sees = max(0, position + index + 1)
+            found[out_row + index] = (query_row + index, blocks[start : start + -(-sees // BLOCK_SIZE)], sees)
     keys: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for start, query_row, out_row, first, end, length, place, splits in _items(meta.plan.splits):
+    for start, query_row, out_row, first, end, length, index, splits in _items(meta.plan.splits):
         if splits == 0:
-            assert not any((start, query_row, out_row, first, end, length, place))
+            assert not any((start, query_row, out_row, first, end, length, index))
             continue
-        assert len(keys[out_row]) == place < splits
+        assert len(keys[out_row]) == index < splits
         keys[out_row].append((first, end))
         found[out_row] = (query_row, blocks[start : start + -(-length // BLOCK_SIZE)], length)
     for out_row, pieces in keys.items():
@@ -218,21 +218,21 @@ def test_every_batch_of_a_busy_scheduler(seed: int, planned: bool, overlap: bool
 @pytest.mark.parametrize("planned", [False, True], ids=["cpu", "planned"])
 def test_a_warm_up_stores_nothing_and_stays_within_the_tables(tokens: int, sequences: int, planned: bool) -> None:
     inputs = Inputs(BlockTables(16, 10), 4, PLANNER if planned else None, CPU)
-    made = inputs.warmup_tokens(tokens, sequences)
-    assert made.ids.shape == made.positions.shape == (tokens,)
-    assert not made.ids.any()
-    assert not made.any_pending
-    assert made.meta.slot_mapping.eq(-1).all()
-    assert sum(made.meta.query_lens) == tokens
-    assert max(made.meta.query_lens) - min(made.meta.query_lens) < sequences
-    assert made.meta.block_tables.shape[1] <= 10
-    assert max(made.meta.kv_lens) <= 40
-    assert not made.meta.block_tables.any()
+    result = inputs.warmup_tokens(tokens, sequences)
+    assert result.ids.shape == result.positions.shape == (tokens,)
+    assert not result.ids.any()
+    assert not result.any_pending
+    assert result.meta.slot_mapping.eq(-1).all()
+    assert sum(result.meta.query_lens) == tokens
+    assert max(result.meta.query_lens) - min(result.meta.query_lens) < sequences
+    assert result.meta.block_tables.shape[1] <= 10
+    assert max(result.meta.kv_lens) <= 40
+    assert not result.meta.block_tables.any()
     if tokens > sequences:
-        assert made.meta.output_part is not None
-        assert made.meta.output_part.query_lens == [1] * sequences
+        assert result.meta.output_part is not None
+        assert result.meta.output_part.query_lens == [1] * sequences
     else:
-        assert made.meta.output_part is None
+        assert result.meta.output_part is None
 
 
 # --- steps in graphs --------------------------------------------------------------------------------------------------
@@ -347,9 +347,9 @@ def expect_padded(tokens: Tokens, batch: Batch, run: Run, tables: Any) -> None:
 
 @pytest.mark.parametrize("most", [*range(1, 70), 100, 255, 256, 257, 288, 289, 512, 1000])
 def test_sizes_of_steps_of_single_tokens(most: int) -> None:
-    made = decode_sizes(most)
-    assert all(size.outputs is None for size in made)
-    tokens = [size.tokens for size in made]
+    result = decode_sizes(most)
+    assert all(size.outputs is None for size in result)
+    tokens = [size.tokens for size in result]
     assert tokens == sorted(set(tokens))
     assert tokens[0] == 1
     assert tokens[-1] == most
@@ -362,11 +362,11 @@ def test_sizes_of_steps_of_single_tokens(most: int) -> None:
 @pytest.mark.parametrize("most", [1, 16, 40, 64, 300, 512, 1024, 1300, 8192])
 @pytest.mark.parametrize("sequences", [1, 48, 256])
 def test_sizes_of_steps_with_prompts(most: int, sequences: int) -> None:
-    made = mixed_sizes(most, sequences)
-    tokens = [size.tokens for size in made]
+    result = mixed_sizes(most, sequences)
+    tokens = [size.tokens for size in result]
     assert tokens == sorted(set(tokens))
     assert tokens[-1] == min(most, 1536)
-    assert all(size.outputs == min(size.tokens, sequences) for size in made)
+    assert all(size.outputs == min(size.tokens, sequences) for size in result)
     for count in range(33, tokens[-1] + 1):
         size = next(size for size in tokens if size >= count)
         assert size - count < max(32, size // 8)

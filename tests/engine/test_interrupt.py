@@ -75,8 +75,8 @@ def test_real_interrupts_end_calls_and_not_the_engine(tiny_bloom: Path, steps: s
 
 @pytest.fixture(scope="module", params=[False, True], ids=["steps", "overlapped"])
 def llm(request: pytest.FixtureRequest, tiny_bloom: Path) -> Iterator[LLM]:
-    with LLM(tiny_bloom, overlap_steps=request.param) as made:
-        yield made
+    with LLM(tiny_bloom, overlap_steps=request.param) as engine:
+        yield engine
 
 
 def raising_at(call: int, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,10 +88,10 @@ def raising_at(call: int, original: Callable[..., Any]) -> Callable[..., Any]:
         calls += 1
         if calls == 2 and call == 0:
             raise KeyboardInterrupt
-        made = original(*args, **options)
+        result = original(*args, **options)
         if calls == 2:
             raise KeyboardInterrupt
-        return made
+        return result
 
     return wrapped
 

@@ -116,8 +116,8 @@ def test_ranks_hold_their_part(split: dict[str, int], make_model: MakeModel) -> 
             (output,) = llm.generate([PROMPTS[-1]], params, use_tqdm=False)
         assert output.prompt_logprobs is not None
         scored.append([next(iter(entry.values())).logprob for entry in output.prompt_logprobs if entry])
-    full, one, several = scored
-    assert several == pytest.approx(one, abs=1e-3)
+    full, each, several = scored
+    assert several == pytest.approx(each, abs=1e-3)
     assert several != pytest.approx(full, abs=1e-4)
 
 
@@ -140,11 +140,11 @@ def with_scales(make_model: MakeModel, tmp_path: Path) -> Callable[..., Path]:
                 state[f"{module}.v_scale"] = torch.tensor([[[0.02]], [[0.03]]])
             change(state)
 
-        made = changed_folder(folder, tmp_path / "scaled", add)
-        config = json.loads((made / "config.json").read_text())
+        result = changed_folder(folder, tmp_path / "scaled", add)
+        config = json.loads((result / "config.json").read_text())
         quantized = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
-        (made / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
-        return made
+        (result / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+        return result
 
     return make
 

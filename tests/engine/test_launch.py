@@ -45,9 +45,9 @@ def test_more_gpus_than_there_are() -> None:
 
 def test_ranks_of_another_engine_are_counted_before_those_of_this_one() -> None:
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "6", "MASTER_PORT": "9"}
-    place = rank_from_environment(environment)
-    assert place == RankInfo(1, 2, 6, LOCAL, 9, 4)
-    assert place.engines == 3
+    index = rank_from_environment(environment)
+    assert index == RankInfo(1, 2, 6, LOCAL, 9, 4)
+    assert index.engines == 3
 
 
 def test_one_gpu_is_not_that_of_several_engines() -> None:

@@ -82,8 +82,8 @@ def cache_of(blocks: int, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=[False, True], ids=["steps", "overlapped"])
 def llm(request: pytest.FixtureRequest, tiny_bloom: Path) -> Iterator[LLM]:
     """With steps one after the other, and overlapped; all else as it is by default."""
-    with LLM(tiny_bloom, overlap_steps=request.param) as made:
-        yield made
+    with LLM(tiny_bloom, overlap_steps=request.param) as engine:
+        yield engine
 
 
 def like(llm: LLM) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def test_steps_are_timed_where_there_is_a_target(overlap: bool, tiny_bloom: Path
     stats = []
     for target in (0, 1e-3):
         with LLM(tiny_bloom, itl_target=target, max_num_seqs=3, overlap_steps=overlap) as llm:
-            lengths = [SamplingParams(temperature=0, max_tokens=3 + 2 * place) for place in range(len(PROMPTS))]
+            lengths = [SamplingParams(temperature=0, max_tokens=3 + 2 * index) for index in range(len(PROMPTS))]
             llm.generate(PROMPTS, lengths)  # of different lengths, so that prompts come in while others decode
             stats.append(llm.engine.stats)
     without, with_target = stats
@@ -235,22 +235,22 @@ def test_logprobs_are_those_of_transformers(
         assert len(completion.logprobs) == len(completion.token_ids) == 8
         found = [*output.prompt_logprobs[1:], *completion.logprobs]
         total = 0.0
-        for place, (top, token) in enumerate(zip(found, [*prompt, *completion.token_ids][1:], strict=True)):
-            asked = 2 if place < len(prompt) - 1 else 3
-            order = wanted[place].argsort(descending=True).tolist()
+        for index, (top, token) in enumerate(zip(found, [*prompt, *completion.token_ids][1:], strict=True)):
+            requested = 2 if index < len(prompt) - 1 else 3
+            order = wanted[index].argsort(descending=True).tolist()
             assert top is not None
-            assert set(top) == {token, *order[:asked]}
+            assert set(top) == {token, *order[:requested]}
             for other, entry in top.items():
-                assert abs(entry.logprob - float(wanted[place, other])) < CLOSE
+                assert abs(entry.logprob - float(wanted[index, other])) < CLOSE
                 assert entry.rank == order.index(other) + 1
                 assert entry.decoded_token == llm.tokenizer.decode([other], skip_special_tokens=False)
-            total += top[token].logprob if place >= len(prompt) - 1 else 0
+            total += top[token].logprob if index >= len(prompt) - 1 else 0
         assert completion.cumulative_logprob == pytest.approx(total)
 
 
 def test_prompt_logprobs_of_several_completions_come_once(llm: LLM) -> None:
-    one, three = (SamplingParams(prompt_logprobs=1, seed=1, n=n, max_tokens=3) for n in (1, 3))
-    alone, together = llm.generate(PROMPTS[4], one)[0], llm.generate(PROMPTS[4], three)[0]
+    each, three = (SamplingParams(prompt_logprobs=1, seed=1, n=n, max_tokens=3) for n in (1, 3))
+    alone, together = llm.generate(PROMPTS[4], each)[0], llm.generate(PROMPTS[4], three)[0]
     assert alone.prompt_logprobs is not None
     assert together.prompt_logprobs is not None
     assert len(together.prompt_logprobs) == len(PROMPTS[4])
@@ -258,7 +258,7 @@ def test_prompt_logprobs_of_several_completions_come_once(llm: LLM) -> None:
         assert a is not None
         assert b is not None
         assert {token: entry.rank for token, entry in a.items()} == {token: entry.rank for token, entry in b.items()}
-    assert llm.generate(PROMPTS[0], one)[0].prompt_logprobs == [None]
+    assert llm.generate(PROMPTS[0], each)[0].prompt_logprobs == [None]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp16", 0.05), ("bf16", 0.4)])
@@ -270,8 +270,8 @@ def test_half_precision_stays_near(dtype: str, bound: float, tiny_bloom: Path, r
         assert used(llm) == 0
     assert output.prompt_logprobs is not None
     differences = [
-        abs(top[token].logprob - float(wanted[place, token]))
-        for place, (top, token) in enumerate(zip(output.prompt_logprobs[1:], prompt[1:], strict=True))
+        abs(top[token].logprob - float(wanted[index, token]))
+        for index, (top, token) in enumerate(zip(output.prompt_logprobs[1:], prompt[1:], strict=True))
         if top is not None
     ]
     assert len(differences) == 199
@@ -383,103 +383,103 @@ def again(llm: LLM, plain: RequestOutput, **options: Any) -> Any:
 
 def first_new(tokens: list[int], least: int) -> int:
     """A place from `least` on whose token did not come before."""
-    return next(place for place in range(least, len(tokens)) if tokens[place] not in tokens[:place])
+    return next(index for index in range(least, len(tokens)) if tokens[index] not in tokens[:index])
 
 
 def test_length(llm: LLM, plain: RequestOutput, tiny_bloom: Path) -> None:
-    made = again(llm, plain, max_tokens=5)
-    assert (made.finish_reason, made.stop_reason) == (FinishReason.LENGTH, None)
-    assert made.token_ids == plain.outputs[0].token_ids[:5]
-    assert made.text == llm.tokenizer.decode(made.token_ids)
+    result = again(llm, plain, max_tokens=5)
+    assert (result.finish_reason, result.stop_reason) == (FinishReason.LENGTH, None)
+    assert result.token_ids == plain.outputs[0].token_ids[:5]
+    assert result.text == llm.tokenizer.decode(result.token_ids)
     with LLM(tiny_bloom, max_model_len=10, **like(llm)) as short:
-        made = again(short, plain)
-        assert (made.finish_reason, len(made.token_ids)) == (FinishReason.LENGTH, 10 - len(plain.prompt_token_ids))
+        result = again(short, plain)
+        assert (result.finish_reason, len(result.token_ids)) == (FinishReason.LENGTH, 10 - len(plain.prompt_token_ids))
 
 
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_token(llm: LLM, plain: RequestOutput, include: bool) -> None:
     tokens = plain.outputs[0].token_ids
-    place = first_new(tokens, 6)
-    made = again(llm, plain, stop_token_ids=[3, tokens[place]], include_stop_str_in_output=include)
-    assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, tokens[place])
-    assert made.token_ids == tokens[: place + 1]
-    assert made.text == llm.tokenizer.decode(tokens[: place + include])
+    index = first_new(tokens, 6)
+    result = again(llm, plain, stop_token_ids=[3, tokens[index]], include_stop_str_in_output=include)
+    assert (result.finish_reason, result.stop_reason) == (FinishReason.STOP, tokens[index])
+    assert result.token_ids == tokens[: index + 1]
+    assert result.text == llm.tokenizer.decode(tokens[: index + include])
 
 
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_words_by_ids(llm: LLM, plain: RequestOutput, include: bool) -> None:
     tokens = plain.outputs[0].token_ids
-    place = first_new(tokens, 6)
-    run = tokens[place - 2 : place + 1]
+    index = first_new(tokens, 6)
+    run = tokens[index - 2 : index + 1]
     params: dict[str, Any] = {"stop_words_ids": [[5, 6], run], "include_stop_str_in_output": include}
-    made = again(llm, plain, **params)
-    assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, run[-1])
-    assert made.token_ids == tokens[: place + 1]
-    assert made.text == llm.tokenizer.decode(tokens[: place + 1 if include else place - 2])
+    result = again(llm, plain, **params)
+    assert (result.finish_reason, result.stop_reason) == (FinishReason.STOP, run[-1])
+    assert result.token_ids == tokens[: index + 1]
+    assert result.text == llm.tokenizer.decode(tokens[: index + 1 if include else index - 2])
     texts = [
         output.outputs[0].text
         for output in llm.stream(plain.prompt_token_ids, SamplingParams(temperature=0, max_tokens=COUNT, **params))
     ]
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
-    assert texts[-1] == made.text
+    assert texts[-1] == result.text
 
 
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_string(llm: LLM, plain: RequestOutput, include: bool) -> None:
     text = plain.outputs[0].text
-    place = next(m.start() for m in re.finditer("[a-z]{5}", text) if m.start() >= 8 and text.find(m[0]) == m.start())
-    word = text[place : place + 5]
-    made = again(llm, plain, stop=["~~~~", word], include_stop_str_in_output=include)
-    assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, word)
-    assert made.text == text[: place + 5 if include else place]
-    assert made.token_ids == plain.outputs[0].token_ids[: len(made.token_ids)]
-    assert word in llm.tokenizer.decode(made.token_ids)
-    assert word not in llm.tokenizer.decode(made.token_ids[:-1])
+    index = next(m.start() for m in re.finditer("[a-z]{5}", text) if m.start() >= 8 and text.find(m[0]) == m.start())
+    word = text[index : index + 5]
+    result = again(llm, plain, stop=["~~~~", word], include_stop_str_in_output=include)
+    assert (result.finish_reason, result.stop_reason) == (FinishReason.STOP, word)
+    assert result.text == text[: index + 5 if include else index]
+    assert result.token_ids == plain.outputs[0].token_ids[: len(result.token_ids)]
+    assert word in llm.tokenizer.decode(result.token_ids)
+    assert word not in llm.tokenizer.decode(result.token_ids[:-1])
 
 
 def test_end_token(make_bloom: Callable[..., Path], llm: LLM, plain: RequestOutput) -> None:
     tokens = plain.outputs[0].token_ids
-    place = first_new(tokens, 6)
-    with LLM(make_bloom(eos_token_id=tokens[place]), **like(llm)) as other:
-        made = again(other, plain, ignore_eos=False)
-        assert (made.finish_reason, made.stop_reason) == (FinishReason.STOP, None)
-        assert made.token_ids == tokens[: place + 1]
-        assert made.text == llm.tokenizer.decode(tokens[:place])
+    index = first_new(tokens, 6)
+    with LLM(make_bloom(eos_token_id=tokens[index]), **like(llm)) as other:
+        result = again(other, plain, ignore_eos=False)
+        assert (result.finish_reason, result.stop_reason) == (FinishReason.STOP, None)
+        assert result.token_ids == tokens[: index + 1]
+        assert result.text == llm.tokenizer.decode(tokens[:index])
         assert again(other, plain).token_ids == tokens
-        least = again(other, plain, ignore_eos=False, min_tokens=place + 3)
-        assert len(least.token_ids) >= place + 3
-        assert least.token_ids[:place] == tokens[:place]
-        assert tokens[place] not in least.token_ids[: place + 3]
+        least = again(other, plain, ignore_eos=False, min_tokens=index + 3)
+        assert len(least.token_ids) >= index + 3
+        assert least.token_ids[:index] == tokens[:index]
+        assert tokens[index] not in least.token_ids[: index + 3]
 
 
 def test_no_stop_before_min_tokens(llm: LLM, plain: RequestOutput) -> None:
     tokens = plain.outputs[0].token_ids
-    place = first_new(tokens, 4)
-    made = again(llm, plain, stop_token_ids=[tokens[place]], min_tokens=place + 2)
-    assert tokens[place] not in made.token_ids[: place + 2]
-    made = again(llm, plain, stop_words_ids=[[tokens[place]]], min_tokens=place + 2)
-    assert made.token_ids[: place + 2] == tokens[: place + 2]
-    made = again(llm, plain, stop_words_ids=[[tokens[place]]], min_tokens=place + 1)
-    assert made.token_ids == tokens[: place + 1]
+    index = first_new(tokens, 4)
+    result = again(llm, plain, stop_token_ids=[tokens[index]], min_tokens=index + 2)
+    assert tokens[index] not in result.token_ids[: index + 2]
+    result = again(llm, plain, stop_words_ids=[[tokens[index]]], min_tokens=index + 2)
+    assert result.token_ids[: index + 2] == tokens[: index + 2]
+    result = again(llm, plain, stop_words_ids=[[tokens[index]]], min_tokens=index + 1)
+    assert result.token_ids == tokens[: index + 1]
 
 
 def test_bad_words(llm: LLM, plain: RequestOutput) -> None:
     tokens = plain.outputs[0].token_ids
-    place = first_new(tokens, 4)
-    made = again(llm, plain, bad_words_ids=[tokens[place - 1 : place + 1]])
-    assert made.token_ids[:place] == tokens[:place]
-    assert made.token_ids[place] != tokens[place]
+    index = first_new(tokens, 4)
+    result = again(llm, plain, bad_words_ids=[tokens[index - 1 : index + 1]])
+    assert result.token_ids[:index] == tokens[:index]
+    assert result.token_ids[index] != tokens[index]
     word = re.findall("[a-z]{3,}", plain.outputs[0].text)[-1]
     runs = llm.tokenizer.words_ids(word)
-    made = again(llm, plain, bad_words=[word])
+    result = again(llm, plain, bad_words=[word])
     assert not any(
-        made.token_ids[i : i + len(run)] == run for run in runs for i in range(len(made.token_ids) - len(run) + 1)
+        result.token_ids[i : i + len(run)] == run for run in runs for i in range(len(result.token_ids) - len(run) + 1)
     )
 
 
 def test_text_is_left_out_where_it_is_not_wanted(llm: LLM, plain: RequestOutput) -> None:
-    made = again(llm, plain, detokenize=False)
-    assert (made.text, made.token_ids) == ("", plain.outputs[0].token_ids)
+    result = again(llm, plain, detokenize=False)
+    assert (result.text, result.token_ids) == ("", plain.outputs[0].token_ids)
 
 
 def test_a_vocabulary_larger_than_the_tokenizers(tiny_bloom_odd_vocab: Path) -> None:
@@ -518,8 +518,8 @@ def mixed() -> tuple[list[list[int]], list[SamplingParams]]:
 
 def same_but_for_logprobs(found: list[RequestOutput], right: list[RequestOutput]) -> None:
     """Everything equal; log-probabilities are near, since batches that differ add up in another order."""
-    for one, other in zip(found, right, strict=True):
-        for a, b in zip(one.outputs, other.outputs, strict=True):
+    for first, other in zip(found, right, strict=True):
+        for a, b in zip(first.outputs, other.outputs, strict=True):
             assert (a.token_ids, a.text, a.finish_reason, a.stop_reason) == (
                 b.token_ids,
                 b.text,
@@ -527,7 +527,7 @@ def same_but_for_logprobs(found: list[RequestOutput], right: list[RequestOutput]
                 b.stop_reason,
             )
             assert [list(top) for top in a.logprobs or ()] == [list(top) for top in b.logprobs or ()]
-        assert len(one.prompt_logprobs or ()) == len(other.prompt_logprobs or ())
+        assert len(first.prompt_logprobs or ()) == len(other.prompt_logprobs or ())
 
 
 @pytest.fixture(scope="module")
@@ -615,26 +615,26 @@ def test_who_looks_back_at_its_tokens_is_exact_beside_who_does_not(
     params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, **needy)
     before = len(plain.prompt_token_ids)
     found = llm.generate([PROMPTS[2], plain.prompt_token_ids, PROMPTS[3]], [GREEDY, params, GREEDY])[1]
-    made = [*plain.prompt_token_ids, *found.outputs[0].token_ids]
-    assert made[before:] != tokens
-    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, **needy)
+    result = [*plain.prompt_token_ids, *found.outputs[0].token_ids]
+    assert result[before:] != tokens
+    each = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, **needy)
     if "repetition_penalty" in needy:  # prompt and output count alike, so each token can be asked for alone
-        for end in range(before, len(made)):
-            assert tokens_of(llm.generate(made[:end], one)) == [made[end : end + 1]]
+        for end in range(before, len(result)):
+            assert tokens_of(llm.generate(result[:end], each)) == [result[end : end + 1]]
     else:
         with LLM(llm.engine.config.model, overlap_steps=False) as other:
-            assert tokens_of(other.generate(plain.prompt_token_ids, params)) == [made[before:]]
+            assert tokens_of(other.generate(plain.prompt_token_ids, params)) == [result[before:]]
 
 
 def test_streams_show_no_surplus_token(llm: LLM, plain: RequestOutput) -> None:
     tokens = plain.outputs[0].token_ids
-    place = first_new(tokens, 6)
-    params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, stop_token_ids=[tokens[place]])
+    index = first_new(tokens, 6)
+    params = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, stop_token_ids=[tokens[index]])
     seen: dict[str, list[RequestOutput]] = {}
     for output in llm.stream([plain.prompt_token_ids, plain.prompt_token_ids], [params, GREEDY]):
         seen.setdefault(output.request_id, []).append(output)
     ended, other = (tokens_of(outputs) for _, outputs in sorted(seen.items(), key=lambda item: int(item[0])))
-    assert ended == [tokens[: end + 1] for end in range(place + 1)]
+    assert ended == [tokens[: end + 1] for end in range(index + 1)]
     assert other == [tokens[: end + 1] for end in range(COUNT)]
 
 
@@ -750,13 +750,13 @@ def test_an_error_in_a_loop_over_a_stream_frees_everything(llm: LLM) -> None:
 def test_prompts_as_text_or_ids_one_or_many(llm: LLM) -> None:
     text = "the lamp and the river"
     ids = llm.tokenizer.encode(text)
-    one = llm.generate(text, GREEDY)
-    assert (one[0].prompt, one[0].prompt_token_ids) == (text, ids)
+    each = llm.generate(text, GREEDY)
+    assert (each[0].prompt, each[0].prompt_token_ids) == (text, ids)
     assert llm.generate(ids, GREEDY)[0].prompt is None
     several: list[Prompt] = [text, ids, "Anna", tuple(ids)]
-    made = llm.generate(several, GREEDY)
-    assert [output.prompt for output in made] == [text, None, "Anna", None]
-    assert tokens_of(made)[0] == tokens_of(made)[1] == tokens_of(made)[3] == tokens_of(one)[0]
+    result = llm.generate(several, GREEDY)
+    assert [output.prompt for output in result] == [text, None, "Anna", None]
+    assert tokens_of(result)[0] == tokens_of(result)[1] == tokens_of(result)[3] == tokens_of(each)[0]
     assert llm.generate([], GREEDY) == []
     assert list(llm.stream([], GREEDY)) == []
 
@@ -792,14 +792,14 @@ def test_text_that_is_no_utf8_names_the_field(llm: LLM) -> None:
 def test_no_limit_of_tokens_is_the_models(tiny_bloom: Path, llm: LLM) -> None:
     with LLM(tiny_bloom, max_model_len=40, **like(llm)) as small:
         params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-        made = small.generate([PROMPTS[2], PROMPTS[0]], params)
-    assert [len(tokens) for tokens in tokens_of(made)] == [40 - BLOCK + 1, 39]
-    assert {output.outputs[0].finish_reason for output in made} == {FinishReason.LENGTH}
+        result = small.generate([PROMPTS[2], PROMPTS[0]], params)
+    assert [len(tokens) for tokens in tokens_of(result)] == [40 - BLOCK + 1, 39]
+    assert {output.outputs[0].finish_reason for output in result} == {FinishReason.LENGTH}
 
 
 def test_allowed_tokens(llm: LLM) -> None:
-    made = llm.generate(PROMPTS[:3], SamplingParams(temperature=0, max_tokens=9, allowed_token_ids=[7, 9, 300]))
-    assert {token for tokens in tokens_of(made) for token in tokens} <= {7, 9, 300}
+    result = llm.generate(PROMPTS[:3], SamplingParams(temperature=0, max_tokens=9, allowed_token_ids=[7, 9, 300]))
+    assert {token for tokens in tokens_of(result) for token in tokens} <= {7, 9, 300}
     (nothing,) = llm.generate([5], SamplingParams(allowed_token_ids=[7], bad_words_ids=[[7]]))[0].outputs
     assert (nothing.finish_reason, nothing.token_ids) == (FinishReason.ERROR, [])
     assert "excludes the whole vocabulary" in str(nothing.stop_reason)
@@ -936,8 +936,8 @@ def test_without_a_tokenizer(tiny_bloom: Path, tmp_path: Path) -> None:
         if "token" not in file.name:
             (tmp_path / file.name).symlink_to(file)
     with LLM(tmp_path) as llm:
-        made = llm.generate(PROMPTS[1], SamplingParams(max_tokens=3, ignore_eos=True, logprobs=1))[0].outputs[0]
-        assert (made.text, len(made.token_ids)) == ("", 3)
+        result = llm.generate(PROMPTS[1], SamplingParams(max_tokens=3, ignore_eos=True, logprobs=1))[0].outputs[0]
+        assert (result.text, len(result.token_ids)) == ("", 3)
         with pytest.raises(ConfigError, match="no tokenizer"):
             llm.generate("text")
         with pytest.raises(InvalidRequestError, match="need a tokenizer"):
@@ -966,8 +966,8 @@ def test_a_cache_that_is_too_small_says_what_to_lower(tiny_bloom: Path) -> None:
     with LLM(tiny_bloom, **cache_of(2, tiny_bloom)) as llm:
         with pytest.raises(InvalidRequestError, match=r"longest sequence of 32 \(max_model_len\)"):
             llm.generate([5] * 40)
-        made = llm.generate([[5] * 31, [6] * 5], GREEDY)
-        assert [len(tokens) for tokens in tokens_of(made)] == [1, COUNT]
+        result = llm.generate([[5] * 31, [6] * 5], GREEDY)
+        assert [len(tokens) for tokens in tokens_of(result)] == [1, COUNT]
         assert used(llm) == 0
 
 

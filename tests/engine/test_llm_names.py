@@ -26,19 +26,19 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 @pytest.fixture(scope="module")
 def folder(tiny_bloom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a chat template and settings for generating."""
-    made = tmp_path_factory.mktemp("model") / "chat"
-    shutil.copytree(tiny_bloom, made)
-    (made / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    (made / "generation_config.json").write_text(
+    path = tmp_path_factory.mktemp("model") / "chat"
+    shutil.copytree(tiny_bloom, path)
+    (path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (path / "generation_config.json").write_text(
         '{"eos_token_id": 2, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1.2, "max_new_tokens": 9}'
     )
-    return made
+    return path
 
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> Any:
-    with LLM(folder) as made:
-        yield made
+    with LLM(folder) as engine:
+        yield engine
 
 
 def test_a_chat_is_what_transformers_renders(llm: LLM) -> None:
@@ -127,9 +127,9 @@ def test_a_prefix_cache_that_is_reset_finds_nothing(tiny_bloom: Path, ranks: int
         for reset in (False, False, True, False):
             if reset:
                 assert llm.reset_prefix_cache()
-            made = llm.generate(prompt, GREEDY)[0].outputs[0].token_ids
+            result = llm.generate(prompt, GREEDY)[0].outputs[0].token_ids
             hits.append(llm.engine.stats.prefix_hit_tokens)
-            assert len(made) == 6
+            assert len(result) == 6
         assert [after - before for before, after in pairwise(hits)] == [0, 48, 0, 48]
         salts = ["a", "a", "b", "", "b"]
         for salt in salts:

@@ -117,9 +117,9 @@ def test_work_counts_decodes_contexts_and_tiles_of_prompts() -> None:
 
 def sequence(name: str, length: int, output: int, arrived: float = 0.0) -> Sequence:
     request = Request(request_id=name, prompt_token_ids=tuple(range(length)), params=SamplingParams(max_tokens=output))
-    made = Sequence(request, 0)
-    made.arrived = arrived
-    return made
+    result = Sequence(request, 0)
+    result.arrived = arrived
+    return result
 
 
 @dataclass
@@ -154,8 +154,8 @@ class Server:
         self.scheduler.advance(batch)
         if step is not None:
             self.pacer.observe(step, seconds)
-        for place in batch.sampled:
-            landed = batch.sequences[place]
+        for index in batch.sampled:
+            landed = batch.sequences[index]
             landed.append(1)
             self.first_token.setdefault(landed.request_id, self.now)
             if landed.is_complete:

@@ -85,10 +85,10 @@ def test_other_forms_are_refused_by_their_position(prompts: Any, begin: str, end
 
 
 def test_parameters_for_all_or_for_each() -> None:
-    one, default = SamplingParams(n=2), SamplingParams(n=3)
+    each, default = SamplingParams(n=2), SamplingParams(n=3)
     assert params_for_each(2, None, default) == [default, default]
-    assert params_for_each(2, one, default) == [one, one]
-    assert params_for_each(2, [one, None], default) == [one, default]
+    assert params_for_each(2, each, default) == [each, each]
+    assert params_for_each(2, [each, None], default) == [each, default]
     assert params_for_each(0, [], default) == []
 
 

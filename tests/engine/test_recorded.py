@@ -29,14 +29,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_recorded_steps_give_what_their_ops_give(family: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
     name, options = FAMILIES[family]
     folder = save_encoder_decoder(tmp_path, "t5", **options) if name == "T5" else make_model(name, **options)
-    prompts = [[(7 * n + place) % 90 + 4 for place in range(n)] for n in (1, 2, 15, 16, 17, 40)]
+    prompts = [[(7 * n + index) % 90 + 4 for index in range(n)] for n in (1, 2, 15, 16, 17, 40)]
     params = [SamplingParams(max_tokens=5 + 3 * n, temperature=0, ignore_eos=True, n=1 + n % 2) for n in range(6)]
     params[2] = SamplingParams(max_tokens=20, temperature=0.8, seed=3, ignore_eos=True, logprobs=1)
     params[4] = SamplingParams(max_tokens=20, beam_width=3, n=3, ignore_eos=True)
     limits: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "enable_prefix_caching": False}
 
     def generated(llm: LLM) -> list[list[int]]:
-        return [one.token_ids for output in llm.generate(prompts, params) for one in output.outputs]
+        return [item.token_ids for output in llm.generate(prompts, params) for item in output.outputs]
 
     with LLM(folder, device="cpu", kv_cache_memory=1 << 20, enforce_eager=True, **limits) as llm:
         assert llm.engine.worker.runner._graphs is None
@@ -58,7 +58,7 @@ def test_any_number_of_threads_gives_the_same_bits(
 ) -> None:
     monkeypatch.setattr(launch, "FEW_OPERATIONS", 0)
     name, options = FAMILIES[family]
-    prompts = [[(7 * n + place) % 90 + 4 for place in range(n)] for n in (1, 2, 15, 60, 17, 40)]
+    prompts = [[(7 * n + index) % 90 + 4 for index in range(n)] for n in (1, 2, 15, 60, 17, 40)]
     params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, logprobs=2)
     limits: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "enable_prefix_caching": False}
     before, found = torch.get_num_threads(), []

@@ -40,7 +40,7 @@ def sampled_of(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]
     choice = Sampler(EOS, logits.device).prepare(logits.clone(), sequences).choose()
     sampled = choice.collect()
     assert choice.chosen.dtype == torch.int32
-    assert choice.chosen[0].tolist() == [one.token_id for one in sampled]
+    assert choice.chosen[0].tolist() == [each.token_id for each in sampled]
     return sampled
 
 
@@ -332,11 +332,11 @@ def test_logprobs_are_the_models_own(make_sequence: MakeSequence) -> None:
     ]
     for row, (sampled, sequence) in enumerate(zip(sampled_of(logits, sequences), sequences, strict=True)):
         assert sampled.top is not None
-        asked = sequence.params.logprobs or 0
+        requested = sequence.params.logprobs or 0
         best = wanted[row].argsort(descending=True).tolist()
         entries = sampled.top.entries()
         assert next(iter(entries)) == sampled.token_id
-        assert set(entries) == {sampled.token_id, *best[:asked]}
+        assert set(entries) == {sampled.token_id, *best[:requested]}
         for token, entry in entries.items():
             assert entry.logprob == pytest.approx(float(wanted[row, token]), abs=1e-6)
             assert entry.rank == best.index(token) + 1
@@ -351,15 +351,15 @@ def test_only_rows_that_ask_get_logprobs(make_sequence: MakeSequence) -> None:
 
 def test_prompt_logprobs_are_those_of_the_tokens_that_follow(make_sequence: MakeSequence) -> None:
     tokens = [4, 0, 3, 1, 3]
-    one, other = make_sequence(tokens, prompt_logprobs=0), make_sequence(tokens[:3], prompt_logprobs=2)
+    each, other = make_sequence(tokens, prompt_logprobs=0), make_sequence(tokens[:3], prompt_logprobs=2)
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, 1.0]]).expand(8, -1)
-    prompts = PromptLogprobs([PromptRun(one, 0, range(5)), PromptRun(other, 0, range(5, 8))])
+    prompts = PromptLogprobs([PromptRun(each, 0, range(5)), PromptRun(other, 0, range(5, 8))])
     assert not prompts
     prompts.add(slice(0, 3), logits[:3])
     prompts.add(slice(3, 8), logits[:5])
     runs = list(prompts.collect())
     found = [(sequence, at, row.entries()) for sequence, first, rows in runs for at, row in enumerate(rows, first)]
-    assert [(sequence is one, at) for sequence, at, _ in found] == [
+    assert [(sequence is each, at) for sequence, at, _ in found] == [
         *((True, at) for at in range(4)),
         *((False, at) for at in range(2)),
     ]
@@ -407,9 +407,9 @@ def test_minus_infinity_is_a_token_that_cannot_come(make_sequence: MakeSequence)
 
 def test_tokens_chosen_elsewhere() -> None:
     found = Choice(torch.tensor([4, -1, 0], dtype=torch.int32)).collect()
-    assert [one.token_id for one in found] == [4, -1, 0]
-    assert [one.error is None for one in found] == [True, False, True]
-    assert all(one.top is None for one in found)
+    assert [each.token_id for each in found] == [4, -1, 0]
+    assert [each.error is None for each in found] == [True, False, True]
+    assert all(each.top is None for each in found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -78,7 +78,7 @@ class Pipeline:
         self.with_pending(lambda: self.cache.run(batch))
         for child in self.scheduler.advance(batch, chosen=not self.defers):
             self.truth[child.key] = list(child.token_ids)
-        sampled = [batch.sequences[place] for place in batch.sampled]
+        sampled = [batch.sequences[index] for index in batch.sampled]
         for row, sequence in enumerate(sampled):
             token = hash((sequence.index, *self.truth[sequence.key])) % 3
             self.truth[sequence.key].append(token)
@@ -253,7 +253,7 @@ def test_stages_seldom_stand_idle(stages: int, most: float) -> None:
                 at, busy = free[stage] + BORDER_SECONDS, busy + seconds
             chosen_at[batch.number] = at
             scheduler.advance(batch)
-            flights.append([batch.sequences[place] for place in batch.sampled])
+            flights.append([batch.sequences[index] for index in batch.sampled])
         while len(flights) > stages * bool(batch.sequences):
             landed = flights.popleft()
             scheduler.land(landed)

@@ -66,21 +66,21 @@ def test_rows_of_tables_are_kept_while_there_is_room_and_follow_every_change(mak
             assert tables.array[row, : len(sequence.block_table)].tolist() == sequence.block_table
         return indices, edits
 
-    one, two, three = (with_table(make_sequence([1]), table) for table in ([5], [6, 7], [9]))
-    (first, second), _ = update(one, two)
+    first_item, second_item, third = (with_table(make_sequence([1]), table) for table in ([5], [6, 7], [9]))
+    (first, second), _ = update(first_item, second_item)
     assert first != second
-    assert update(one, two) == ([first, second], [])
-    one.block_table += [8, 3]  # more of them: the version stays
-    two.block_table = [6, 1]  # one is another: the version changes
-    two.table_version += 1
-    assert update(two, one) == ([second, first], [(second, 1, [1]), (first, 1, [8, 3])])
-    update(three)  # takes the row of one that does not run
-    indices, _ = update(three, two)
+    assert update(first_item, second_item) == ([first, second], [])
+    first_item.block_table += [8, 3]  # more of them: the version stays
+    second_item.block_table = [6, 1]  # one is another: the version changes
+    second_item.table_version += 1
+    assert update(second_item, first_item) == ([second, first], [(second, 1, [1]), (first, 1, [8, 3])])
+    update(third)  # takes the row of one that does not run
+    indices, _ = update(third, second_item)
     assert sorted(indices) == [0, 1]
-    rows.release(three.key)
-    rows.release(three.key)
-    update(one)
-    assert update(two) == ([indices[1]], [])  # an ended sequence gave its row first
+    rows.release(third.key)
+    rows.release(third.key)
+    update(first_item)
+    assert update(second_item) == ([indices[1]], [])  # an ended sequence gave its row first
 
 
 def test_a_message_does_not_grow_with_the_length_of_sequences(make_sequence: MakeSequence) -> None:

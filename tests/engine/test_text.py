@@ -59,8 +59,8 @@ def test_text_grows_to_what_was_encoded(tokenizer: Tokenizer, text: str) -> None
 @given(text=st.text(max_size=40))
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_text_grows_to_what_was_encoded(tokenizer: Tokenizer, text: str) -> None:
-    made = streamed(tokenizer, tokenizer.encode(text))
-    assert made == text.rstrip("\ufffd") or made == text
+    result = streamed(tokenizer, tokenizer.encode(text))
+    assert result == text.rstrip("\ufffd") or result == text
 
 
 @given(data=st.data(), skip=st.booleans())
@@ -137,22 +137,22 @@ def test_stop_strings_end_the_text_where_they_first_appear(
 ) -> None:
     ids = tokenizer.encode(text)
     params = SamplingParams(stop=stop, include_stop_str_in_output=include)
-    found, made, shown = grow(tokenizer, ids, params)
-    assert unread(tokenizer, ids, params) == (found, made)
+    found, result, shown = grow(tokenizer, ids, params)
+    assert unread(tokenizer, ids, params) == (found, result)
     # by tokens: the first after which any stop string is complete; then the one that begins first
     texts = [tokenizer.decode(ids[:count]).rstrip("\ufffd") for count in range(1, len(ids) + 1)]
     ended = next((part for part in texts if any(word in part for word in stop)), None)
     if ended is None:
-        assert (found, made) == (None, text)
+        assert (found, result) == (None, text)
     else:
-        place = min(ended.find(word) for word in stop if word in ended)
-        wanted = max((word for word in stop if ended.startswith(word, place)), key=len)
+        index = min(ended.find(word) for word in stop if word in ended)
+        wanted = max((word for word in stop if ended.startswith(word, index)), key=len)
         assert found == wanted
-        assert made == ended[:place] + (wanted if include else "")
-    assert all(later.startswith(earlier) for earlier, later in zip(shown, [*shown[1:], made], strict=False))
+        assert result == ended[:index] + (wanted if include else "")
+    assert all(later.startswith(earlier) for earlier, later in zip(shown, [*shown[1:], result], strict=False))
     assert not any(word in part for word in stop for part in shown)
     if not include and ended is not None:
-        assert all(len(part) <= place for part in shown)
+        assert all(len(part) <= index for part in shown)
 
 
 @pytest.mark.parametrize("include", [False, True])

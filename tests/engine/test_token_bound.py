@@ -18,14 +18,14 @@ BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 def byte_level(**changes: Any) -> FastTokenizer:
     """A BPE of bytes with one long token, and whatever else is asked for."""
-    vocabulary = {letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocabulary |= {"ab": 256, "abab": 257}
-    made = FastTokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "ab")]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
+    result = FastTokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "ab")]))
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    result.decoder = decoders.ByteLevel()
     for name, value in changes.items():
-        setattr(made, name, value)
-    return made
+        setattr(result, name, value)
+    return result
 
 
 def byte_fallback(vocabulary: dict[str, int] | None = None) -> FastTokenizer:
@@ -33,9 +33,9 @@ def byte_fallback(vocabulary: dict[str, int] | None = None) -> FastTokenizer:
 
 
 def with_token(token: AddedToken) -> FastTokenizer:
-    made = byte_level()
-    made.add_tokens([token])
-    return made
+    result = byte_level()
+    result.add_tokens([token])
+    return result
 
 
 SEQUENCE = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -94,7 +94,7 @@ def _word_piece(words: list[str]) -> Any:
     from tokenizers import decoders, models
 
     fast = _plain_words(
-        models.WordPiece({word: place for place, word in enumerate(["<unk>", *words])}, unk_token="<unk>")
+        models.WordPiece({word: index for index, word in enumerate(["<unk>", *words])}, unk_token="<unk>")
     )
     fast.decoder = decoders.WordPiece(cleanup=False)
     return fast

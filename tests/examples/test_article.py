@@ -26,13 +26,17 @@ Environment = dict[str, str]
 def environment(tmp_path: Path) -> Iterator[Environment]:
     """Of the script: its own state and ports. Whatever it leaves running is ended."""
     scripts = Path(sys.executable).parent
-    made = {name: value for name, value in os.environ.items() if name != "HASTEN_CLUSTER"}
-    made |= {"HASTEN_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path), "PATH": f"{scripts}:{os.environ['PATH']}"}
-    made |= {"SAMPLES": str(SAMPLES), "PYTHON": sys.executable, "PROMPT": PROMPT, "OMP_NUM_THREADS": "1"}
+    result = {name: value for name, value in os.environ.items() if name != "HASTEN_CLUSTER"}
+    result |= {
+        "HASTEN_HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path),
+        "PATH": f"{scripts}:{os.environ['PATH']}",
+    }
+    result |= {"SAMPLES": str(SAMPLES), "PYTHON": sys.executable, "PROMPT": PROMPT, "OMP_NUM_THREADS": "1"}
     http, grpc, metrics = free_ports(3)
-    made["SERVER_OPTIONS"] = f"--http-port {http} --grpc-port {grpc} --metrics-port {metrics}"
-    yield made
-    for process in remaining(made):
+    result["SERVER_OPTIONS"] = f"--http-port {http} --grpc-port {grpc} --metrics-port {metrics}"
+    yield result
+    for process in remaining(result):
         process.kill()
 
 

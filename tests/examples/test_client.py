@@ -33,14 +33,14 @@ def client() -> ModuleType:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of `hasten serve` with the demo model."""
-    with serve_process(tmp_path_factory.mktemp("serve") / "log", str(DEMO)) as places:
-        yield places["GRPCInferenceService"]
+    with serve_process(tmp_path_factory.mktemp("serve") / "log", str(DEMO)) as indices:
+        yield indices["GRPCInferenceService"]
 
 
 def expected(prompts: list[str], length: int) -> list[str]:
     with LLM(DEMO) as llm:
-        made = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=length))
-    return [output.prompt + output.outputs[0].text for output in made if output.prompt is not None]
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=length))
+    return [output.prompt + output.outputs[0].text for output in outputs if output.prompt is not None]
 
 
 def test_the_article_s_request(client: ModuleType, url: str) -> None:
@@ -81,11 +81,11 @@ def test_what_the_server_refuses(
 def test_prompts_are_padded_behind_their_ends(client: ModuleType) -> None:
     tokenizer = client.load_tokenizer(str(DEMO))
     ids, lengths, output_len = client.request_inputs(tokenizer, ["Anna walked to the", "The"], 7)
-    assert [one.name() for one in (ids, lengths, output_len)] == ["input_ids", "input_lengths", "request_output_len"]
-    assert {one.datatype() for one in (ids, lengths, output_len)} == {"UINT32"}
+    assert [each.name() for each in (ids, lengths, output_len)] == ["input_ids", "input_lengths", "request_output_len"]
+    assert {each.datatype() for each in (ids, lengths, output_len)} == {"UINT32"}
     longest = ids.shape()[1]
     short = len(tokenizer("The")["input_ids"])
-    assert [one.shape() for one in (lengths, output_len)] == [[2, 1], [2, 1]]
+    assert [each.shape() for each in (lengths, output_len)] == [[2, 1], [2, 1]]
     sent = np.frombuffer(ids._get_content(), np.uint32).reshape(2, longest)
     assert sent[1, short:].tolist() == [tokenizer.eos_token_id] * (longest - short)
     assert np.frombuffer(lengths._get_content(), np.uint32).tolist() == [longest, short]

@@ -44,13 +44,13 @@ def _words(text: str) -> list[str]:
 def _templates(generate: ModuleType) -> list[str]:
     plots = importlib.import_module("plots")
     shared = [*plots.OPENERS, *plots.FILLERS, *(t for ts in plots.DISTRACTIONS.values() for t in ts)]
-    told = [
+    reported = [
         template
         for plot in plots.PLOTS
         for phrasings in (*plot.facts, plot.bridge, plot.endings)
         for template in phrasings
     ]
-    return [*shared, *told]
+    return [*shared, *reported]
 
 
 def test_same_seed_same_stories(generate: ModuleType) -> None:

@@ -205,9 +205,9 @@ def test_every_rank_knows_the_most_probable_token_of_all(size: int, vocab: int) 
     # few different values, so that the largest is often there more than once, on one rank or on several
     logits = torch.randint(-3, 3, (rows, vocab), generator=generator).float()
     expected = [row.index(max(row)) for row in logits.tolist()]
-    for place, value in enumerate((float("nan"), infinity)):
+    for index, value in enumerate((float("nan"), infinity)):
         for token in range(vocab):
-            row = 2 * token + place
+            row = 2 * token + index
             logits[row, token] = value
             expected[row] = -1
     logits[-1] = -infinity
@@ -284,11 +284,11 @@ def test_an_mlp_of_all_ranks_is_that_of_one(size: int, bias: bool) -> None:
 def one_sequence(first: int, count: int) -> ops.AttentionMeta:
     """The next `count` tokens of a sequence whose blocks stand in reverse order."""
     blocks = torch.tensor([[3, 2, 1]], dtype=torch.int32)
-    places = torch.arange(first, first + count)
+    indices = torch.arange(first, first + count)
     return ops.AttentionMeta(
         num_tokens=count,
         block_tables=blocks,
-        slot_mapping=blocks[0].long()[places // BLOCK_SIZE] * BLOCK_SIZE + places % BLOCK_SIZE,
+        slot_mapping=blocks[0].long()[indices // BLOCK_SIZE] * BLOCK_SIZE + indices % BLOCK_SIZE,
         sequences=[0],
         query_lens=[count],
         kv_lens=[first + count],
@@ -365,12 +365,12 @@ def test_the_last_layer_computes_what_is_asked_for_and_writes_all(count: int) ->
         whole, some = make_attention(), make_attention()
         meta = one_sequence(0, 9)
         expected_th = whole(x_th, torch.arange(9), meta, residual_th, last=True)
-        asked = replace(meta, output_part=part(meta, count), scratch={})
-        found_th = some(x_th, torch.arange(9), asked, residual_th, last=True)
+        requested = replace(meta, output_part=part(meta, count), scratch={})
+        found_th = some(x_th, torch.arange(9), requested, residual_th, last=True)
         torch.testing.assert_close(found_th, expected_th[9 - count :])
         assert torch.equal(some.key_cache, whole.key_cache)
         assert torch.equal(some.value_cache, whole.value_cache)
-        assert torch.equal(make_attention()(x_th, torch.arange(9), asked, residual_th), expected_th)
+        assert torch.equal(make_attention()(x_th, torch.arange(9), requested, residual_th), expected_th)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])

@@ -36,8 +36,8 @@ BESIDE_HUGGING_FACE = 32
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     # without a prefix cache: what a harmed model has computed must not serve the next test
-    with LLM(FOLDER, dtype="fp32", device="cpu", kv_cache_memory=64 << 20, enable_prefix_caching=False) as made:
-        yield made
+    with LLM(FOLDER, dtype="fp32", device="cpu", kv_cache_memory=64 << 20, enable_prefix_caching=False) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -62,8 +62,8 @@ def test_tokens_and_beams_are_those_of_transformers(kind: str, save: Save) -> No
     found = output.outputs[0]
     assert found.logprobs is not None
     right = their_logprobs(folder, PROMPTS[3], found.token_ids)
-    for place, top in enumerate(found.logprobs):
-        assert all(abs(entry.logprob - float(right[place, token])) < 1e-4 for token, entry in top.items())
+    for index, top in enumerate(found.logprobs):
+        assert all(abs(entry.logprob - float(right[index, token])) < 1e-4 for token, entry in top.items())
 
 
 @pytest.mark.parametrize("kind", ["t5"])
@@ -122,7 +122,7 @@ def test_what_is_left_out_shows(
     assert found.logprobs is not None
     right = their_logprobs(folder, PROMPTS[-1], found.token_ids)
     pairs = zip(found.token_ids, found.logprobs, strict=True)
-    assert max(abs(top[token].logprob - float(right[place, token])) for place, (token, top) in enumerate(pairs)) > 1e-2
+    assert max(abs(top[token].logprob - float(right[index, token])) for index, (token, top) in enumerate(pairs)) > 1e-2
 
 
 def test_bad_input(save: Save) -> None:

@@ -263,10 +263,10 @@ def test_converted_checkpoints_give_the_same(folder: Folder, load: Load, tmp_pat
         convert(Conversion(str(path), str(out), ranks=2))
         assert (out / "2-gpu" / "config.ini").is_file() == (name == "bert")
         convert(Conversion(str(out / "2-gpu"), str(out), ranks=1))  # next to the first, whose files stay
-        one, two, expected = load(out / "1-gpu"), load(out / "2-gpu"), load(path)
-        made = [[output.outputs for output in llm.encode([*TEXTS, LONG[3]])] for llm in (one, two, expected)]
-        assert made[0] == made[1] == made[2]
-        assert (one.labels, one.engine.max_model_len) == (expected.labels, expected.engine.max_model_len)
+        first, second, expected = load(out / "1-gpu"), load(out / "2-gpu"), load(path)
+        result = [[output.outputs for output in llm.encode([*TEXTS, LONG[3]])] for llm in (first, second, expected)]
+        assert result[0] == result[1] == result[2]
+        assert (first.labels, first.engine.max_model_len) == (expected.labels, expected.engine.max_model_len)
     with pytest.raises(UnsupportedError, match=r"FasterTransformer had no MPNetModel .* --format safetensors"):
         convert(Conversion(str(folder("mpnet")), str(tmp_path / "out"), format="fastertransformer"))
 

@@ -70,11 +70,11 @@ def test_every_weight_counts(
 
 def changed(folder: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     """A copy with other tensors."""
-    made = Path(shutil.copytree(folder, tmp_path / "changed"))
-    state = load_file(made / "model.safetensors")
+    path = Path(shutil.copytree(folder, tmp_path / "changed"))
+    state = load_file(path / "model.safetensors")
     change(state)
-    save_file(state, made / "model.safetensors", metadata={"format": "pt"})
-    return made
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------

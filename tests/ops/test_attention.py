@@ -149,8 +149,8 @@ def attend(
             if slopes_n is not None:
                 scores_k = scores_k + float(slopes_n[head]) * distance_k
             if bias_nr is not None and limits.farthest is not None:
-                places = distance_k.clamp(-limits.farthest, limits.farthest).long() + limits.farthest
-                scores_k = scores_k + bias_nr[head, places].double()
+                indices = distance_k.clamp(-limits.farthest, limits.farthest).long() + limits.farthest
+                scores_k = scores_k + bias_nr[head, indices].double()
             weights_k = scores_k.exp()
             total = weights_k.sum() if sinks_n is None else weights_k.sum() + sinks_n[head].double().exp()
             out_qnd[row, head] = weights_k / total @ value_kd[first : last + 1]
@@ -387,7 +387,7 @@ def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(
 ) -> None:
     lengths = BATCHES["prompt, chunk, decodes"]
     case = make_case(lengths, Heads(query=3, kv=3))
-    chosen = [place for place, count in enumerate(needed) if count]
+    chosen = [index for index, count in enumerate(needed) if count]
     ends = torch.tensor(case.meta.query_lens).cumsum(0)
     rows = torch.cat([torch.arange(int(end) - count, int(end)) for end, count in zip(ends, needed, strict=True)])
     part = replace(

@@ -195,7 +195,7 @@ def test_masks_leave_what_their_bits_name(
 ) -> None:
     rng = random.Random(vocab)
     wide = torch.randn(4, vocab + 5, generator=torch.Generator().manual_seed(vocab)).to(dtype).to(device)
-    allowed = [{token for token in range(vocab) if rng.random() < share} for share in (0.5, 0.0, 1.0)]
+    allowed = [{token for token in range(vocab) if rng.random() < shard} for shard in (0.5, 0.0, 1.0)]
     words = np.zeros((3, -(-vocab // 32) + 1), np.uint32)
     for mask, tokens in zip(words, allowed, strict=True):
         for token in tokens:

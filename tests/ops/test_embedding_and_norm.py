@@ -38,8 +38,8 @@ def test_shares_of_the_vocabulary_add_up_to_the_whole(size: int) -> None:
 
 
 def test_a_rank_that_holds_none_of_the_ids_gives_zeros_whatever_its_rows_are() -> None:
-    share = torch.full((4, HIDDEN), float("nan"))
-    assert not ops.embedding(torch.tensor([0, 3, 8, 12]), share, 4).any()
+    shard = torch.full((4, HIDDEN), float("nan"))
+    assert not ops.embedding(torch.tensor([0, 3, 8, 12]), shard, 4).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -31,10 +31,10 @@ def test_the_sizes_lie_on_both_sides_of_a_small_weight() -> None:
 
 
 def test_few_numbers_of_rows_are_compiled_and_few_rows_are_added() -> None:
-    made = {rows: compiled_rows(rows) for rows in range(1, 8193)}
-    assert all(rows <= found <= rows * 9 / 8 for rows, found in made.items())
-    assert all(made[rows] == rows for rows in (1, 7, 32, 64, 128, 2048))
-    assert len(set(made.values())) < 100
+    result = {rows: compiled_rows(rows) for rows in range(1, 8193)}
+    assert all(rows <= found <= rows * 9 / 8 for rows, found in result.items())
+    assert all(result[rows] == rows for rows in (1, 7, 32, 64, 128, 2048))
+    assert len(set(result.values())) < 100
 
 
 COUNTS = (0, 1, 2, 63, 64, 65)
@@ -120,8 +120,8 @@ def test_a_residual_is_added(
         assert isinstance(found, Tensor)  # a CPU has no use for a sum that is still to be made
         assert found.dtype == dtype
         taken_to = residual_to[:rows].clone()
-        for row, place in enumerate([] if rows_t is None else rows_t.tolist()):
-            taken_to[row] = residual_to[place]
+        for row, index in enumerate([] if rows_t is None else rows_t.tolist()):
+            taken_to[row] = residual_to[index]
         assert_close("linear", found, exact(x, weight, bias_o, None, taken_to))
         assert_close("stepwise", found, reference.add_linear(x, plain, bias_o, residual_to, rows_t))
         of_sum = ops.PartialSum(taken_to, residual=residual_to, residual_indices=rows_t)

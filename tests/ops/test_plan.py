@@ -25,35 +25,35 @@ def make_splits(kv_lens: list[int], most: int) -> list[list[int]]:
 
 @given(kv_lens=LENGTHS, spare=st.integers(0, 300))
 def test_splits_hold_every_key_of_every_sequence_once_and_in_order(kv_lens: list[int], spare: int) -> None:
-    made = make_splits(kv_lens, len(kv_lens) + spare)
+    result = make_splits(kv_lens, len(kv_lens) + spare)
     for index, kv_len in enumerate(kv_lens):
-        own = [split for split in made if split[0] == 3 * index + 1]
+        own = [split for split in result if split[0] == 3 * index + 1]
         assert own[0][3] == 0
         assert own[-1][4] == kv_len
         assert all(before[4] == after[3] for before, after in pairwise(own))
         assert all(begin < end for _, _, _, begin, end, *_ in own)
         assert all(split[1:3] == [2 * index + 5, index + 100] for split in own)
         assert all(split[5] == kv_len for split in own)
-    assert len({split[0] for split in made}) == len(kv_lens)
+    assert len({split[0] for split in result}) == len(kv_lens)
 
 
 @given(kv_lens=LENGTHS, spare=st.integers(0, 300))
 def test_splits_of_a_sequence_stand_together_and_know_their_place(kv_lens: list[int], spare: int) -> None:
     """The program that finishes last finds the others' results by its own row less its place."""
-    made = make_splits(kv_lens, len(kv_lens) + spare)
-    for row, split in enumerate(made):
-        place, count = split[6:]
-        assert 0 <= place < count
-        together = made[row - place : row - place + count]
+    result = make_splits(kv_lens, len(kv_lens) + spare)
+    for row, split in enumerate(result):
+        offset, count = split[6:]
+        assert 0 <= offset < count
+        together = result[row - offset : row - offset + count]
         assert [other[0] for other in together] == [split[0]] * count
         assert [other[6] for other in together] == list(range(count))
 
 
 @given(kv_lens=LENGTHS, spare=st.integers(0, 300))
 def test_splits_are_no_more_than_asked_and_begin_where_a_block_of_keys_does(kv_lens: list[int], spare: int) -> None:
-    made = make_splits(kv_lens, len(kv_lens) + spare)
-    assert len(made) <= len(kv_lens) + spare
-    assert all(split[3] % 32 == 0 for split in made)
+    result = make_splits(kv_lens, len(kv_lens) + spare)
+    assert len(result) <= len(kv_lens) + spare
+    assert all(split[3] % 32 == 0 for split in result)
 
 
 @given(kv_lens=LENGTHS, heads=st.sampled_from([1, 8, 12, 32, 112]), multiprocessors=st.sampled_from([0, 8, 132]))
@@ -63,10 +63,10 @@ def test_no_sequence_is_left_to_one_program_while_others_have_much_less(
     """A split is at most twice what an equal share of all keys would be, unless it is short anyway."""
     most = Planner(heads, heads, multiprocessors).max_num_splits(len(kv_lens))
     assert most >= 2 * len(kv_lens)
-    made = make_splits(kv_lens, most)
-    assert len(made) <= most
-    share = sum(kv_lens) / max(1, most)
-    assert all(end - begin <= max(64, 2 * share + 32) for _, _, _, begin, end, *_ in made)
+    result = make_splits(kv_lens, most)
+    assert len(result) <= most
+    shard = sum(kv_lens) / max(1, most)
+    assert all(end - begin <= max(64, 2 * shard + 32) for _, _, _, begin, end, *_ in result)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_in_a_fixed_order_splits_are_single_runs_or_whole_sequences() -> None:
 
     def ends(kv_lens: list[int]) -> list[int]:
         rows, lens = numbers(list(range(len(kv_lens)))), numbers(kv_lens)
-        made = planner.plan(rows, rows, np.ones_like(lens), lens)["splits"]
-        assert len(made) <= planner.max_num_splits(len(kv_lens))
-        return [int(end) for end in made[:, 4]]
+        result = planner.plan(rows, rows, np.ones_like(lens), lens)["splits"]
+        assert len(result) <= planner.max_num_splits(len(kv_lens))
+        return [int(end) for end in result[:, 4]]
 
     assert ends([130, 1]) == [64, 128, 130, 1]
     assert ends([2048] * 4 + [0]) == [2048] * 4 + [0]
@@ -121,9 +121,9 @@ def test_tiles_hold_every_query_once_with_its_rows_and_position(work: list[tuple
     counts = numbers([count for count, _ in work])
     context = numbers([before for _, before in work])
     starts = np.cumsum(counts) - counts
-    made = plan.tiles(np.arange(len(work)) + 7, starts + 11, starts + 1000, counts, context + counts)
+    result = plan.tiles(np.arange(len(work)) + 7, starts + 11, starts + 1000, counts, context + counts)
     held: list[tuple[int, int, int, int]] = []
-    for sequence, query_row, out_row, count, position in made.tolist():
+    for sequence, query_row, out_row, count, position in result.tolist():
         assert 1 <= count <= plan.TILE
         held += [(sequence, query_row + n, out_row + n, position + n) for n in range(count)]
     wanted = [
@@ -190,8 +190,8 @@ def test_keys_of_long_prompts_are_gathered(query_lens: list[int], kv_lens: list[
 def test_tiles_with_the_most_keys_come_first(work: list[tuple[int, int]]) -> None:
     counts = numbers([count for count, _ in work])
     rows = np.arange(len(work))
-    made = plan.tiles(rows, rows, rows, counts, counts + numbers([before for _, before in work]))
-    keys = [position + count for *_, count, position in made.tolist()]
+    result = plan.tiles(rows, rows, rows, counts, counts + numbers([before for _, before in work]))
+    keys = [position + count for *_, count, position in result.tolist()]
     assert keys == sorted(keys, reverse=True)
 
 
@@ -205,17 +205,17 @@ def test_nothing_to_do_is_no_items(most: int) -> None:
 
 
 def test_as_many_runs_as_sequences_leave_each_whole() -> None:
-    made = make_splits([5000, 3, 700], 3)
-    assert [split[3:] for split in made] == [[0, n, n, 0, 1] for n in (5000, 3, 700)]
+    result = make_splits([5000, 3, 700], 3)
+    assert [split[3:] for split in result] == [[0, n, n, 0, 1] for n in (5000, 3, 700)]
 
 
 @given(kv_lens=st.lists(st.integers(2, 400), min_size=1, max_size=20))
 def test_tiles_of_texts_whose_tokens_see_all_others(kv_lens: list[int]) -> None:
     own, lens = np.arange(len(kv_lens)), numbers(kv_lens)
     planner = Planner(4, 4, multiprocessors=8)
-    made = planner.plan(3 * own + 1, np.cumsum(lens) - lens, lens, lens, causal=False)
-    assert list(made) == ["tiles"]
-    tiles = made["tiles"].tolist()
+    result = planner.plan(3 * own + 1, np.cumsum(lens) - lens, lens, lens, causal=False)
+    assert list(result) == ["tiles"]
+    tiles = result["tiles"].tolist()
     assert [tile[5] for tile in tiles] == sorted((tile[5] for tile in tiles), reverse=True)
     for index, kv_len in enumerate(kv_lens):
         mine = [tile for tile in tiles if tile[0] == 3 * index + 1]

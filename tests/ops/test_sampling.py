@@ -116,13 +116,13 @@ def test_greedy_is_that_of_the_reference(rows: int, vocab: int, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_greedy_takes_the_first_of_equals(dtype: torch.dtype, device: torch.device) -> None:
-    places = [[3, 9], [BLOCK - 1, BLOCK], [700, 1100], [0, VOCAB - 1], [VOCAB - 1], [600, 601, 20]]
-    logits = torch.full((len(places) + 2, VOCAB), -100, dtype=dtype)
-    for row, tied in enumerate(places):
+    indices = [[3, 9], [BLOCK - 1, BLOCK], [700, 1100], [0, VOCAB - 1], [VOCAB - 1], [600, 601, 20]]
+    logits = torch.full((len(indices) + 2, VOCAB), -100, dtype=dtype)
+    for row, tied in enumerate(indices):
         logits[row, tied] = 3.0 - row
     logits[-2:] = torch.tensor([[0.0], [-0.0]])
     logits[-2, 1:], logits[-1, 1:] = -0.0, 0.0
-    wanted = [*map(min, places), 0, 0]
+    wanted = [*map(min, indices), 0, 0]
     assert sampling.greedy(logits.to(device)).tolist() == wanted
     assert reference.greedy(logits).tolist() == cpu_sampling.greedy(logits).tolist() == wanted
 

@@ -43,9 +43,9 @@ def connected(size: int) -> Iterator[tuple[list[Any], list[Liveness]]]:
     """Ranks of this process; each must be closed by the end."""
     store, lives = Words(), [Liveness() for _ in range(size)]
     with ThreadPoolExecutor(size) as pool:
-        places = [RankInfo(rank, size, size, LOCAL, 0) for rank in range(size)]
-        futures: list[Any] = [pool.submit(Hub, places[0], store, lives[0], LIMIT_S)]
-        futures += [pool.submit(Spoke, place, store, life) for place, life in zip(places[1:], lives[1:], strict=True)]
+        indices = [RankInfo(rank, size, size, LOCAL, 0) for rank in range(size)]
+        futures: list[Any] = [pool.submit(Hub, indices[0], store, lives[0], LIMIT_S)]
+        futures += [pool.submit(Spoke, index, store, life) for index, life in zip(indices[1:], lives[1:], strict=True)]
         ranks = [future.result(LIMIT_S) for future in futures]
     try:
         yield ranks, lives

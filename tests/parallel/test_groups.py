@@ -31,10 +31,10 @@ def mailboxes() -> Peers:
 
 @pytest.mark.parametrize("parts", [None, 1, 3])
 def test_parts_are_added_up_before_ranks_are_and_all_else_after(parts: int | None) -> None:
-    made = torch.randn(ROWS, WIDTH) if parts is None else torch.randn(parts, ROWS, WIDTH)
+    result = torch.randn(ROWS, WIDTH) if parts is None else torch.randn(parts, ROWS, WIDTH)
     bias, residual, rows = torch.randn(WIDTH), torch.randn(ROWS + 2, WIDTH), torch.tensor([4, 0, 1])
-    open_sum = PartialSum(made.clone(), bias, residual, rows, over_ranks=True)
-    whole = made if parts is None else made.sum(0)
+    open_sum = PartialSum(result.clone(), bias, residual, rows, over_ranks=True)
+    whole = result if parts is None else result.sum(0)
     sum_ = Doubling(0, 2).reduced(open_sum)
     assert isinstance(sum_, PartialSum)
     torch.testing.assert_close(sum_.parts, 2 * whole)
@@ -81,15 +81,15 @@ def test_what_is_whole_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("parts", [None, 2])
 def test_as_many_rows_as_fit_go_through_mailboxes(parts: int | None, rows: int, by_mail: bool) -> None:
     peers = mailboxes()
-    made = torch.randn(rows, WIDTH) if parts is None else torch.randn(parts, rows, WIDTH)
+    result = torch.randn(rows, WIDTH) if parts is None else torch.randn(parts, rows, WIDTH)
     more = torch.randn(rows, WIDTH)
-    sum_ = Doubling(0, 2, peers).reduced(PartialSum(made, over_ranks=True).plus(more, None))
+    sum_ = Doubling(0, 2, peers).reduced(PartialSum(result, over_ranks=True).plus(more, None))
     assert isinstance(sum_, PartialSum)
     assert not sum_.over_ranks
     if by_mail:  # this rank's own parts, as they are: the norm brings the others'
-        assert sum_.parts is made
+        assert sum_.parts is result
         assert sum_.added is more
         assert sum_.peers is peers
     else:
-        torch.testing.assert_close(sum_.parts, 2 * ((made if parts is None else made.sum(0)) + more))
+        torch.testing.assert_close(sum_.parts, 2 * ((result if parts is None else result.sum(0)) + more))
         assert sum_.peers is None

@@ -112,8 +112,8 @@ def test_ranks_choose_the_tokens_of_one_rank(tiny_bloom_odd_vocab: Path, ranks: 
         found = llm.generate(PROMPTS, PARAMS)
         again = llm.generate(PROMPTS, PARAMS)
         assert llm.engine.scheduler.blocks.num_used == 0
-    for one, other, third in zip(expected, found, again, strict=True):
-        tokens = [completion.token_ids for completion in one.outputs]
+    for each, other, third in zip(expected, found, again, strict=True):
+        tokens = [completion.token_ids for completion in each.outputs]
         assert [completion.token_ids for completion in other.outputs] == tokens
         assert [completion.token_ids for completion in third.outputs] == tokens
     assert found[2].prompt_logprobs is not None

@@ -21,11 +21,11 @@ def links(stages: int, slots: int, abort_flag: Tensor) -> list[StageLink]:
     """A link of each stage."""
     nbytes = RingMemory.nbytes(slots, MOST_TOKENS * WIDTH * torch.float32.itemsize)
     memory = [RingMemory.of(torch.zeros(nbytes, dtype=torch.uint8), slots) for _ in range(stages)]
-    made = []
+    result = []
     for stage in range(stages):
         ring = PeerRing(memory[stage], memory[stage - 1], memory[(stage + 1) % stages], abort_flag)
-        made.append(StageLink(list(range(stages)), stage, ring, ring))
-    return made
+        result.append(StageLink(list(range(stages)), stage, ring, ring))
+    return result
 
 
 def run_all(programs: list[Callable[[], None]], abort_flag: Tensor) -> None:

@@ -35,17 +35,17 @@ def _of_ranks(name: str, weight: Tensor, ranks: int, dtype: torch.dtype) -> Tens
     turned = TRANSPOSED.search(name) is not None
     weight_oh = weight.T if turned else weight
     parts = weight_oh.chunk(ranks, 1) if ROW_SPLIT.search(name) else (weight_oh,)
-    made = torch.cat([rounded(part, dtype) for part in parts], 1)
-    return (made.T if turned else made).contiguous()
+    joined = torch.cat([rounded(part, dtype) for part in parts], 1)
+    return (joined.T if turned else joined).contiguous()
 
 
 def changed_folder(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
     """A copy of a Hugging Face folder with other tensors."""
-    made = Path(shutil.copytree(folder, target))
-    state = load_file(made / "model.safetensors")
+    path = Path(shutil.copytree(folder, target))
+    state = load_file(path / "model.safetensors")
     change(state)
-    save_file(state, made / "model.safetensors", metadata={"format": "pt"})
-    return made
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def dequantized_folder(folder: Path, target: Path, head: str, ranks: int = 1, kind: str = "int8") -> Path:

@@ -35,15 +35,17 @@ def test_weights_are_rounded_to_values_of_their_type_times_a_scale_of_their_row(
     before = weight.clone()
     for elements in (1, 1000, 1 << 24):  # pieces of one row, of some, and of all
         monkeypatch.setattr(eight_bit, "_ELEMENTS", elements)
-        made = SCHEMES[kind].quantize(weight, "w")
-        assert isinstance(made, QuantizedWeight)
-        assert (made.values.dtype, made.scales.dtype, made.dtype) == (TYPES[kind], torch.float32, dtype)
-        assert made.inputs == (None if kind == "int8" else TYPES[kind])
-        assert made.shape == shape
-        found = made.values.double() * made.scales.double().unsqueeze(1)
+        result = SCHEMES[kind].quantize(weight, "w")
+        assert isinstance(result, QuantizedWeight)
+        assert (result.values.dtype, result.scales.dtype, result.dtype) == (TYPES[kind], torch.float32, dtype)
+        assert result.inputs == (None if kind == "int8" else TYPES[kind])
+        assert result.shape == shape
+        found = result.values.double() * result.scales.double().unsqueeze(1)
         torch.testing.assert_close(found, rounded(weight.float(), TYPES[kind]).double(), rtol=1e-6, atol=0)
         off = (found - weight.double()).abs()
-        step = made.scales.max() if kind != "fp8" else (weight.double().abs() / 8).maximum(made.scales.max() * 2**-9)
+        step = (
+            result.scales.max() if kind != "fp8" else (weight.double().abs() / 8).maximum(result.scales.max() * 2**-9)
+        )
         assert bool((off <= 0.5001 * step).all())
         assert not found[0].any()
     assert torch.equal(weight, before)

@@ -153,13 +153,13 @@ def test_ranks_agree_with_one(make_model: MakeModel, tmp_path: Path) -> None:
 
 def test_a_quantized_checkpoint_is_converted_to_full_precision(make_model: MakeModel, tmp_path: Path) -> None:
     quantized, full = write(make_model("Bloom", **MODELS["Bloom"]), tmp_path, CASES["awq"])
-    made = []
+    result = []
     for number, folder in enumerate((quantized, full)):
         convert(Conversion(str(folder), str(tmp_path / f"out{number}"), ranks=2))
         source = open_source(tmp_path / f"out{number}", 2)
-        made.append({spec.name: source.shard(spec, 0, 1) for spec in source.specs})
-    assert made[0].keys() == made[1].keys()
-    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
+        result.append({spec.name: source.shard(spec, 0, 1) for spec in source.specs})
+    assert result[0].keys() == result[1].keys()
+    assert all(torch.equal(tensor, result[1][name]) for name, tensor in result[0].items())
 
 
 def test_awq_scales_the_inputs_behind_an_activation(make_model: MakeModel, tmp_path: Path) -> None:

@@ -72,26 +72,26 @@ def error(made: RoundedWeight, weight_oh: Tensor, x_th: Tensor) -> float:
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
 def test_outputs_are_nearer_than_by_rounding_to_nearest(grid: Grid, x_th: Tensor, weight_oh: Tensor) -> None:
-    made = round_by_gptq(weight_oh, x_th.T @ x_th / TOKENS, grid, torch.float32)
+    result = round_by_gptq(weight_oh, x_th.T @ x_th / TOKENS, grid, torch.float32)
     plain = grid.rounded(weight_oh, grid.scales(weight_oh, torch.float32))
-    assert error(made, weight_oh, x_th) < 0.5 * error(plain, weight_oh, x_th)
+    assert error(result, weight_oh, x_th) < 0.5 * error(plain, weight_oh, x_th)
 
 
 def test_scales_for_important_features_err_less_there(weight_oh: Tensor) -> None:
     grid, importance = GRIDS["int4 in groups"], torch.rand(WIDTH, generator=torch.Generator().manual_seed(8)) ** 6
     found = [grid.rounded(weight_oh, grid.scales(weight_oh, torch.float32, each)) for each in (None, importance)]
-    plain, weighted = (((made.dequantized() - weight_oh).square() * importance).sum() for made in found)
+    plain, weighted = (((result.dequantized() - weight_oh).square() * importance).sum() for result in found)
     assert weighted < 0.9 * plain
 
 
 def test_features_without_inputs_and_too_few_tokens_are_no_trouble(weight_oh: Tensor, x_th: Tensor) -> None:
     few, grid = x_th[:5].clone(), GRIDS["int4 in groups"]
     few[:, ::3] = 0
-    made = round_by_gptq(weight_oh, few.T @ few / len(few), grid, torch.float16, dampening=1e-6)
-    assert made.scales.dtype == torch.float16
-    assert bool(made.dequantized().isfinite().all())
-    plain = grid.rounded(weight_oh, made.scales)
-    assert torch.equal(made.numbers[:, ::3], plain.numbers[:, ::3])
-    assert not torch.equal(made.numbers, plain.numbers)
+    result = round_by_gptq(weight_oh, few.T @ few / len(few), grid, torch.float16, dampening=1e-6)
+    assert result.scales.dtype == torch.float16
+    assert bool(result.dequantized().isfinite().all())
+    plain = grid.rounded(weight_oh, result.scales)
+    assert torch.equal(result.numbers[:, ::3], plain.numbers[:, ::3])
+    assert not torch.equal(result.numbers, plain.numbers)
     nothing = round_by_gptq(weight_oh, torch.zeros(WIDTH, WIDTH), Grid(8), torch.float32)
     assert torch.equal(nothing.numbers, Grid(8).rounded(weight_oh, nothing.scales).numbers)

@@ -35,12 +35,12 @@ def test_weights_are_rounded_to_multiples_of_a_step_of_their_group(
     before = weight.clone()
     for elements in (1, 1000, 1 << 24):  # pieces of one row, of some, and of all
         monkeypatch.setattr(int4, "_ELEMENTS", elements)
-        made = SCHEME.quantize(weight, "w")
-        assert isinstance(made, GroupedWeight)
-        assert (made.scales.dtype, made.dtype) == (torch.bfloat16, dtype)
-        assert made.shape == shape
-        assert made.is_packed == (shape[1] % 128 == 0 or shape[1] in (200, 333))  # these have padding
-        assert torch.equal(made.dequantized(torch.float32), rounded(weight))
+        result = SCHEME.quantize(weight, "w")
+        assert isinstance(result, GroupedWeight)
+        assert (result.scales.dtype, result.dtype) == (torch.bfloat16, dtype)
+        assert result.shape == shape
+        assert result.is_packed == (shape[1] % 128 == 0 or shape[1] in (200, 333))  # these have padding
+        assert torch.equal(result.dequantized(torch.float32), rounded(weight))
     assert torch.equal(weight, before)
 
 

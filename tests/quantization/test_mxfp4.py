@@ -59,8 +59,8 @@ def theirs(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) 
 @pytest.fixture(scope="module")
 def folders(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint with random experts in MXFP4, and one of the values that transformers makes of them."""
-    made = tmp_path_factory.mktemp("mxfp4")
-    full, quantized = made / "full", made / "quantized"
+    result = tmp_path_factory.mktemp("mxfp4")
+    full, quantized = result / "full", result / "quantized"
     state = load_file(shutil.copytree(make_model("GptOss", **SIZES), full) / "model.safetensors")
     shutil.copytree(full, quantized)
     stored = {name: tensor for name, tensor in state.items() if not is_of_experts(name)}
@@ -111,10 +111,10 @@ def test_tokens_are_those_of_transformers(folders: tuple[Path, Path]) -> None:
         with torch.inference_mode():
             expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
         assert output.prompt_logprobs is not None
-        for place, entry in enumerate(output.prompt_logprobs[1:]):
-            token = prompt[place + 1]
+        for index, entry in enumerate(output.prompt_logprobs[1:]):
+            token = prompt[index + 1]
             assert entry is not None
-            assert entry[token].logprob == pytest.approx(float(expected[place, token]), abs=BOUND)
+            assert entry[token].logprob == pytest.approx(float(expected[index, token]), abs=BOUND)
 
 
 def test_the_memory_of_the_experts_is_said_before_they_are_loaded(
@@ -142,7 +142,7 @@ def test_a_converted_checkpoint_is_in_full_precision(folders: tuple[Path, Path],
 def test_random_weights_and_plans_are_those_of_full_precision(
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shapes = [[spec.shape(made.config) for spec in made.specs] for made in map(open_dummy, folders, [CPU, CPU])]
+    shapes = [[spec.shape(result.config) for spec in result.specs] for result in map(open_dummy, folders, [CPU, CPU])]
     assert shapes[0] == shapes[1]
     found = []
     for folder in folders:

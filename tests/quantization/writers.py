@@ -63,8 +63,8 @@ def words(numbers: Tensor, bits: int, axis: int) -> Tensor:
     per = 32 // bits
     moved = np.moveaxis(numbers.numpy().astype(np.uint32), axis, 0)
     packed = np.zeros((moved.shape[0] // per, *moved.shape[1:]), np.uint32)
-    for place in range(per):
-        packed |= moved[place::per] << np.uint32(bits * place)
+    for index in range(per):
+        packed |= moved[index::per] << np.uint32(bits * index)
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(packed, 0, axis)).view(np.int32))
 
 
@@ -172,12 +172,12 @@ def write(folder: Path, target: Path, case: Case) -> tuple[Path, Path]:
             packed[name] = values[name] = weight
             continue
         turned = TRANSPOSED.search(name) is not None
-        made = case.rounded(weight.T if turned else weight)
-        values[name] = (made.values().T if turned else made.values()).contiguous()
+        result = case.rounded(weight.T if turned else weight)
+        values[name] = (result.values().T if turned else result.values()).contiguous()
         module = name.removesuffix(".weight")
-        packed |= {f"{module}.{kind}": tensor for kind, tensor in case.pack(case, made).items()}
-    for place, state in ((quantized, packed), (full, values)):
-        save_file(state, place / "model.safetensors", metadata={"format": "pt"})
+        packed |= {f"{module}.{kind}": tensor for kind, tensor in case.pack(case, result).items()}
+    for index, state in ((quantized, packed), (full, values)):
+        save_file(state, index / "model.safetensors", metadata={"format": "pt"})
     set_config(quantized, quantization_config=case.config)
     return quantized, full
 

@@ -84,10 +84,10 @@ def row(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Site]:
-    with site() as made:
-        yield made
-        made.serves()
-        asyncio.run(made.server.idle_after())
+    with site() as result:
+        yield result
+        result.serves()
+        asyncio.run(result.server.idle_after())
 
 
 def refused(answer: Answer, *texts: str) -> None:
@@ -191,9 +191,9 @@ def test_no_websocket_is_opened(served: Site) -> None:
 )
 def test_a_chat_template_reaches_nothing(tmp_path: Path, source: str) -> None:
     marker = tmp_path / "touched"
-    made = source.replace("FILE", str(marker))
+    result = source.replace("FILE", str(marker))
     try:
-        text = ChatTemplate(made, {}).render([{"role": "user", "content": "x"}], limits=RenderLimits(1000, 0.2))
+        text = ChatTemplate(result, {}).render([{"role": "user", "content": "x"}], limits=RenderLimits(1000, 0.2))
     except HastenError as error:
         text = str(error)
         assert "\n" not in text
@@ -258,11 +258,11 @@ _READ_AS_NUMBERS = {(name, '"5"', transport) for name in ("n", "beam_width") for
 @pytest.mark.parametrize("count", [2**31 - 1, 2**32 - 1])
 def test_beams_of_the_token_model_are_bounded(served: Site, count: int) -> None:
     def message(name: str) -> Any:
-        made = pb.ModelInferRequest(model_name=TOKENS)
+        result = pb.ModelInferRequest(model_name=TOKENS)
         for each, value in {"input_ids": 5, "input_lengths": 1, "request_output_len": 1, name: count}.items():
-            if each not in {tensor.name for tensor in made.inputs}:
-                tensor(made, each, "UINT32", [1, 1], struct.pack("<I", value))
-        return made
+            if each not in {tensor.name for tensor in result.inputs}:
+                tensor(result, each, "UINT32", [1, 1], struct.pack("<I", value))
+        return result
 
     refused(served.call("ModelInfer", message("beam_width")), "beam_width")
     refused(served.stream(message("beam_width")), "beam_width")
@@ -388,8 +388,8 @@ def test_the_schema_of_a_tool_ends_in_time(served: Site) -> None:
         chosen = {"tool_choice": "required"} if "tools" in body else {}
         assert served.post(f"/v1/{path}", {"model": TEXT, **chosen, **body}).status in (200, 400)
     tool = {"name": "f", "input_schema": _SCHEMA}
-    asked = {"messages": messages, "max_tokens": 2, "tools": [tool], "tool_choice": {"type": "any"}}
-    assert served.post("/v1/messages", {"model": TEXT, **asked}).status in (200, 400)
+    requested = {"messages": messages, "max_tokens": 2, "tools": [tool], "tool_choice": {"type": "any"}}
+    assert served.post("/v1/messages", {"model": TEXT, **requested}).status in (200, 400)
     served.serves()
 
 
@@ -436,11 +436,11 @@ def test_calls_between_marks_and_reasoning_are_read_in_a_linear_time(kind: str) 
             "<|end|>",
             "</think",
         ):
-            made, text = reader(), opening + unit * (200_000 // len(unit))
+            result, text = reader(), opening + unit * (200_000 // len(unit))
             began = time.process_time()
             for at in range(0, len(text), 65_536):
-                made.feed(text[at : at + 65_536])
-            made.end()
+                result.feed(text[at : at + 65_536])
+            result.end()
             assert time.process_time() - began < 5, (opening, unit)
 
 
@@ -949,9 +949,9 @@ def test_only_what_a_client_registered_is_named(region: str) -> None:
 def _opened(port: int, path: str, body: object) -> socket.socket:
     raw = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEY}\r\ncontent-length: {len(raw)}\r\n\r\n"
-    made = socket.create_connection(("127.0.0.1", port), LIMIT_S)
-    made.sendall(head.encode() + raw)
-    return made
+    result = socket.create_connection(("127.0.0.1", port), LIMIT_S)
+    result.sendall(head.encode() + raw)
+    return result
 
 
 def _reset(connection: socket.socket) -> None:
@@ -1009,8 +1009,8 @@ def test_a_crafted_checkpoint_is_one_line(tmp_path: Path) -> None:
     crafted += [struct.pack("<Q", length) + raw[8:] for length in (0, 1, 2**63, 2**64 - 1)]
     for _ in range(150):
         changed = bytearray(raw)
-        for place in random.integers(0, 8 + size, 3):
-            changed[place] = random.integers(0, 256)
+        for index in random.integers(0, 8 + size, 3):
+            changed[index] = random.integers(0, 256)
         crafted.append(bytes(changed))
     for content in crafted:
         file.write_bytes(content)
@@ -1022,16 +1022,16 @@ def _rows() -> set[str]:
     """The advisories that the tests here are about."""
     marks = [mark for test in globals().values() for mark in getattr(test, "pytestmark", ())]
     named = [mark.args[1][0] for mark in marks if mark.args and mark.args[0] == "row"]
-    return {one for names in named for one in names.split("+")}
+    return {item for names in named for item in names.split("+")}
 
 
 def test_the_list_for_operators_is_that_of_the_tests() -> None:
     _, _, after = LIST.read_text().partition("## Known attacks")
     table = after.partition("\n## ")[0]
     listed = {
-        one
+        item
         for line in table.splitlines()
         if line.startswith("| `")
-        for one in re.findall(r"`([^`]+)`", line.split("|")[1])
+        for item in re.findall(r"`([^`]+)`", line.split("|")[1])
     }
     assert listed == _rows()

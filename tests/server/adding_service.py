@@ -123,16 +123,16 @@ class AddingService:
         if request.model != "add":
             given = inputs["IN"]
             return [Tensor("OUT", given.datatype, given.shape, given.data)]
-        one, other = (inputs[name] for name in ("INPUT0", "INPUT1"))
-        first = one.data.flat[0] if one.data.size else 0
+        item, other = (inputs[name] for name in ("INPUT0", "INPUT1"))
+        first = item.data.flat[0] if item.data.size else 0
         if first == -1:
             raise ServiceError(ErrorKind.INTERNAL, OWN_ERROR)
         if first == -2:
             await asyncio.sleep(self.delay)
         if first == -3:
             raise RuntimeError("a defect")
-        pairs = {"OUTPUT0": one.data + other.data, "OUTPUT1": one.data - other.data}  # type: ignore[operator]
-        return [Tensor(name, "FP32", one.shape, data) for name, data in pairs.items()]
+        pairs = {"OUTPUT0": item.data + other.data, "OUTPUT1": item.data - other.data}  # type: ignore[operator]
+        return [Tensor(name, "FP32", item.shape, data) for name, data in pairs.items()]
 
     def server_metadata(self) -> Any:
         return service_pb2.ServerMetadataResponse(name="triton", version="2.51.0", extensions=EXTENSIONS.split())

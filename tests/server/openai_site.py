@@ -32,11 +32,11 @@ TEMPLATE = (
 
 def with_template(folder: Path, template: str = TEMPLATE) -> Path:
     """A copy of the demo model whose tokenizer has a chat template."""
-    made = folder / "chat-model"
-    shutil.copytree(DEMO, made)
-    file = made / "tokenizer_config.json"
+    path = folder / "chat-model"
+    shutil.copytree(DEMO, path)
+    file = path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
-    return made
+    return path
 
 
 def models(
@@ -44,8 +44,8 @@ def models(
 ) -> list[model_config_pb2.ModelConfig]:
     """A token model over a checkpoint, and its text model if that has a name."""
     config = EngineConfig.create(str(folder), **options)
-    made = model_configs(config, token_name=token_name, text_name=text_name or "unused", limits=limits)
-    return [one for one in made if one.name in (token_name, text_name)]
+    result = model_configs(config, token_name=token_name, text_name=text_name or "unused", limits=limits)
+    return [each for each in result if each.name in (token_name, text_name)]
 
 
 class Site:

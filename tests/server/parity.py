@@ -128,8 +128,8 @@ def same(theirs: Answer, ours: Answer) -> bool:
 def hasten_serve(repository: Path, log: Path) -> Iterator[Side]:
     """`hasten serve` of all models of a repository, in control mode explicit."""
     models = ("--model-repository", str(repository), "--model-control-mode", "explicit", "--load-model", "*")
-    with serve_process(log, *models, "--allow-client-shm") as places:
-        side = Side(places["HTTPService"], places["GRPCInferenceService"], places["Metrics"])
+    with serve_process(log, *models, "--allow-client-shm") as indices:
+        side = Side(indices["HTTPService"], indices["GRPCInferenceService"], indices["Metrics"])
         yield side
         side.close()
 

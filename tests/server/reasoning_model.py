@@ -32,8 +32,8 @@ CHANNEL_TEMPLATE = (
 
 def with_marks(folder: Path, template: str, marks: Mapping[str, int], *, special: bool) -> Path:
     """A copy of the demo model with a template, and with marks in place of some of its words."""
-    made = with_template(folder, template)
-    file = made / "tokenizer.json"
+    result = with_template(folder, template)
+    file = result / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     vocabulary, left_out = tokenizer["model"]["vocab"], set(marks.values())
     words = {word for word, number in vocabulary.items() if number in left_out}
@@ -45,7 +45,7 @@ def with_marks(folder: Path, template: str, marks: Mapping[str, int], *, special
         token = {"id": number, "content": mark, "single_word": False, "lstrip": False, "rstrip": False}
         tokenizer["added_tokens"].append({**token, "normalized": False, "special": special})
     file.write_text(json.dumps(tokenizer))
-    return made
+    return result
 
 
 def serve_thinker(folder: Path) -> Site:

@@ -53,24 +53,24 @@ def token_request(
     """A batch for the token model: prompts of any lengths, and for each other input one value or one for each item."""
     count, longest = len(prompts), max(map(len, prompts))
     each = [lengths] * count if isinstance(lengths, int) else lengths
-    made = [
+    result = [
         tensor("input_ids", "UINT32", [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]),
         tensor("input_lengths", "UINT32", [[len(prompt)] for prompt in prompts]),
         tensor("request_output_len", "UINT32", [[length] for length in each]),
     ]
     for name, value in inputs.items():
         values = value if isinstance(value, list | np.ndarray) else [[value]] * count
-        made.append(tensor(name, TYPES.get(name, "UINT32"), values))
-    return InferRequest(model, made)
+        result.append(tensor(name, TYPES.get(name, "UINT32"), values))
+    return InferRequest(model, result)
 
 
 def values(response: InferResponse) -> Outputs:
     """A response's outputs as lists, by name; BYTES as text."""
     made: Outputs = {}
-    for one in response.outputs:
-        assert one.data.shape == one.shape
-        assert one.data.dtype == NUMPY[one.datatype]
-        made[one.name] = _decoded(one.data.tolist())
+    for output in response.outputs:
+        assert output.data.shape == output.shape
+        assert output.data.dtype == NUMPY[output.datatype]
+        made[output.name] = _decoded(output.data.tolist())
     return made
 
 
@@ -213,18 +213,18 @@ class CountingEngine:
             raise self.fault
         assert params.max_tokens is not None
         self.begun += 1
-        told = Progress([CompletionDelta(0, [], "")], False, ids, None, 0.0)
+        message = Progress([CompletionDelta(0, [], "")], False, ids, None, 0.0)
         for token in range(ids[-1] + 1, ids[-1] + 1 + params.max_tokens):
             await asyncio.sleep(self.pause)
             await self.go.wait()
             assert not self.closed, "a request was lost"
-            told.completions[0].token_ids.append(token)
-            told.completions[0].text += "x"
-            told.tokens += 1
-            told.finished = token == ids[-1] + params.max_tokens
-            if stream or told.finished:
-                yield told
-                told = Progress([CompletionDelta(0, [], "")], False)
+            message.completions[0].token_ids.append(token)
+            message.completions[0].text += "x"
+            message.tokens += 1
+            message.finished = token == ids[-1] + params.max_tokens
+            if stream or message.finished:
+                yield message
+                message = Progress([CompletionDelta(0, [], "")], False)
 
     async def submit(self, prompt: str | Sequence[int], params: SamplingParams, **options: Any) -> CountingTicket:
         return CountingTicket(self.generate(prompt, params, **options))

@@ -33,28 +33,28 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("attacked") / DEMO.name
     shutil.copytree(DEMO, folder)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    with serving(str(folder), "--kv-cache-memory", "64MiB", "--max-queue-bytes", "1MiB") as made:
-        yield made
+    with serving(str(folder), "--kv-cache-memory", "64MiB", "--max-queue-bytes", "1MiB") as result:
+        yield result
 
 
 @contextlib.asynccontextmanager
 async def watched(server: Server) -> AsyncIterator[None]:
     """Meanwhile the server says that it lives, again and again, and each time before it has done much else."""
-    slowest, asked = 0.0, 0
+    slowest, requested = 0.0, 0
 
     async def ask() -> None:
-        nonlocal slowest, asked
+        nonlocal slowest, requested
         while True:
             began = server.cpu_seconds()
             assert (await get(server.http, "/v2/health/live")).status == 200
-            slowest, asked = max(slowest, server.cpu_seconds() - began), asked + 1
+            slowest, requested = max(slowest, server.cpu_seconds() - began), requested + 1
             await asyncio.sleep(0.01)
 
     task = asyncio.create_task(ask())
 
     async def more(count: int) -> None:
-        until = asked + count
-        while asked < until:
+        until = requested + count
+        while requested < until:
             if task.done():
                 task.result()
             await asyncio.sleep(0.01)

@@ -90,22 +90,22 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    place = tmp_path_factory.mktemp("backends")
+    index = tmp_path_factory.mktemp("backends")
     source = make_model("GPTNeoX", hidden_size=64)
-    convert(Conversion(str(source), str(place / "out"), ranks=2))
-    repository, folder = place / "repository", place / "out" / "2-gpu"
+    convert(Conversion(str(source), str(index / "out"), ranks=2))
+    repository, folder = index / "repository", index / "out" / "2-gpu"
     (repository / "theirs" / "1").mkdir(parents=True)
     (repository / "theirs" / "config.pbtxt").write_text(CONFIG.format(folder), encoding="utf-8")
-    t5 = save_encoder_decoder(place / "flan-t5", "flan-t5")
-    convert(Conversion(str(t5), str(place / "t5"), ranks=2))
+    t5 = save_encoder_decoder(index / "flan-t5", "flan-t5")
+    convert(Conversion(str(t5), str(index / "t5"), ranks=2))
     (repository / "t5" / "1").mkdir(parents=True)
-    (repository / "t5" / "config.pbtxt").write_text(T5_CONFIG.format(place / "t5" / "2-gpu"), encoding="utf-8")
+    (repository / "t5" / "config.pbtxt").write_text(T5_CONFIG.format(index / "t5" / "2-gpu"), encoding="utf-8")
     engine = EngineConfig.create(str(folder), device="cpu", kv_cache_memory=1 << 22)
     write_repository(model_configs(engine, token_name="ours", text_name="text"), repository, engine)
     with (
-        serve_process(place / "log", "--model-repository", str(repository)) as places,
-        grpcclient.InferenceServerClient(places["GRPCInferenceService"]) as grpc,
-        httpclient.InferenceServerClient(places["HTTPService"]) as http,
+        serve_process(index / "log", "--model-repository", str(repository)) as indices,
+        grpcclient.InferenceServerClient(indices["GRPCInferenceService"]) as grpc,
+        httpclient.InferenceServerClient(indices["HTTPService"]) as http,
     ):
         yield Served(source, t5, grpc, http)
 
@@ -121,13 +121,13 @@ def tensors(module: Any, **values: list[list[Any]]) -> list[Any]:
         "is_return_context_embeddings": ("BOOL", np.bool_),
     }
     types |= {"ia3_tasks": ("INT32", np.int32), "len_penalty": ("FP32", np.float32)}
-    made = []
+    output = []
     for name, rows in values.items():
         datatype, dtype = types.get(name, ("UINT32", np.uint32))
         tensor = module.InferInput(name, [len(rows), len(rows[0])], datatype)
         tensor.set_data_from_numpy(np.array(rows, dtype))
-        made.append(tensor)
-    return made
+        output.append(tensor)
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,8 @@ def right_tokens(served: Served) -> list[int]:
 
     model = GPTNeoXForCausalLM.from_pretrained(served.source)
     prompt = torch.tensor([PROMPT])
-    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LENGTH, do_sample=False)
-    tokens: list[int] = made[0].tolist()
+    outputs = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LENGTH, do_sample=False)
+    tokens: list[int] = outputs[0].tolist()
     return tokens
 
 

@@ -64,9 +64,9 @@ def folder_of(path: Path, **config: Any) -> Path:
 
 
 def template_of(path: Path, **config: Any) -> ChatTemplate:
-    made = ChatTemplate.from_folder(folder_of(path, **config))
-    assert made is not None
-    return made
+    folder = ChatTemplate.from_folder(folder_of(path, **config))
+    assert folder is not None
+    return folder
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -120,15 +120,15 @@ def test_templates_stand_in_three_places(tmp_path: Path) -> None:
 def test_special_tokens_are_texts_or_objects_and_may_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<from map>", "cls_token": "<cls>"}))
     bos = {"content": "<bos>", "lstrip": False}
-    made = template_of(tmp_path, chat_template="{{ bos_token }}{{ cls_token }}{{ mask_token }}", bos_token=bos)
-    assert made.render([]) == "<bos><cls>"
+    result = template_of(tmp_path, chat_template="{{ bos_token }}{{ cls_token }}{{ mask_token }}", bos_token=bos)
+    assert result.render([]) == "<bos><cls>"
 
 
 def test_variables_reach_the_template_but_do_not_replace_what_it_is_given(tmp_path: Path) -> None:
-    made = template_of(tmp_path, chat_template="{{ mood }}{{ messages | length }}{{ add_generation_prompt }}")
-    assert made.render([], variables={"mood": "kind"}) == "kind0True"
+    result = template_of(tmp_path, chat_template="{{ mood }}{{ messages | length }}{{ add_generation_prompt }}")
+    assert result.render([], variables={"mood": "kind"}) == "kind0True"
     with pytest.raises(InvalidRequestError, match="chat_template_kwargs cannot set 'messages'"):
-        made.render([], variables={"mood": "kind", "messages": [1, 2, 3]})
+        result.render([], variables={"mood": "kind", "messages": [1, 2, 3]})
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_variables_reach_the_template_but_do_not_replace_what_it_is_given(tmp_pa
     ],
 )
 def test_what_a_template_refuses_is_the_callers_fault(template: str, message: str, tmp_path: Path) -> None:
-    made = template_of(tmp_path, chat_template=template)
+    result = template_of(tmp_path, chat_template=template)
     with pytest.raises(InvalidRequestError, match=message):
-        made.render(MESSAGES)
+        result.render(MESSAGES)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_what_a_template_refuses_is_the_callers_fault(template: str, message: st
     ["{{ ''.__class__.__mro__[1] }}", "{{ cycler.__init__.__globals__['os'] }}", "{{ messages.append(1) }}"],
 )
 def test_a_template_cannot_leave_its_sandbox(template: str, tmp_path: Path) -> None:
-    made = template_of(tmp_path, chat_template=template)
+    result = template_of(tmp_path, chat_template=template)
     with pytest.raises(CheckpointError, match="what no template may do"):
-        made.render([])
+        result.render([])
 
 
 def test_a_template_or_a_file_that_is_none_is_the_checkpoints_fault(tmp_path: Path) -> None:

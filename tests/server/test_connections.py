@@ -23,22 +23,22 @@ TOO_MANY = 16 << 20
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Transports]:
-    with serving(Transports(limits=ConnectionLimits(header_bytes=16384, url_bytes=1024))) as made:
-        yield made
+    with serving(Transports(limits=ConnectionLimits(header_bytes=16384, url_bytes=1024))) as result:
+        yield result
 
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[Transports]:
     """Time-outs that pass soon; what must not time out is tested with a clock that stands still."""
     limits = ConnectionLimits(idle_timeout=300, header_timeout=0.5, body_timeout=0.5)
-    with serving(Transports(limits=limits)) as made:
-        yield made
+    with serving(Transports(limits=limits)) as result:
+        yield result
 
 
 @contextlib.contextmanager
 def connected(site: Transports) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", site.http_listener.port), timeout=PATIENCE_S) as made:
-        yield made
+    with socket.create_connection(("127.0.0.1", site.http_listener.port), timeout=PATIENCE_S) as result:
+        yield result
 
 
 def send_all(connection: socket.socket, pieces: Iterator[bytes]) -> int:
@@ -144,7 +144,7 @@ def test_no_key_is_needed_to_be_refused_and_none_is_checked_before(site: Transpo
 
 def test_heads_at_the_limits_are_served_again_and_again(site: Transports) -> None:
     url = b"/v2/health/live?" + b"u" * 1000
-    head = b"GET " + url + b" HTTP/1.1\r\n" + b"".join(b"a%d: %s\r\n" % (place, b"v" * 100) for place in range(100))
+    head = b"GET " + url + b" HTTP/1.1\r\n" + b"".join(b"a%d: %s\r\n" % (index, b"v" * 100) for index in range(100))
     with connected(site) as connection:
         connection.sendall((head + b"\r\n") * 20 + LIVE.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
         assert statuses(received(connection)) == [200] * 21

@@ -77,8 +77,8 @@ def test_every_query_of_the_dashboard_is_answered(labels: dict[str, dict[str, se
 
 def test_legends_name_labels_and_panels_do_not_overlap(labels: dict[str, dict[str, set[str]]]) -> None:
     panels = json.loads((FOLDER / "grafana.json").read_text())["panels"]
-    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
-    assert len(set(places)) == len(panels) == len({panel["id"] for panel in panels})
+    indices = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
+    assert len(set(indices)) == len(panels) == len({panel["id"] for panel in panels})
     for panel in panels:
         assert panel["description"]
         for target in panel["targets"]:

@@ -287,8 +287,8 @@ def test_drain_and_close(run: Any, demo_model: Path) -> None:
                 assert not client.ready
                 assert isinstance(await error_of(collect(client, [5], SHORT)), EngineClosedError)
             assert await client.drain(LIMIT_S)
-            made = [joined(await task).completions[0] for task in tasks]
-            assert [completion.finish_reason for completion in made] == [FinishReason.LENGTH] * 3
+            result = [joined(await task).completions[0] for task in tasks]
+            assert [completion.finish_reason for completion in result] == [FinishReason.LENGTH] * 3
             await client.close()
             await client.close()
             assert client.replicas[0].pid is None
@@ -300,13 +300,15 @@ def test_close_ends_what_is_under_way(run: Any, demo_model: Path) -> None:
     async def end() -> None:
         async with started(demo_model, max_num_seqs=1) as client, asyncio.TaskGroup() as group:
             # more than will have been computed by then, however long the way from one line to the next takes
-            asked = [group.create_task(error_of(collect(client, [number % 500 + 5], LONG))) for number in range(100)]
+            requested = [
+                group.create_task(error_of(collect(client, [number % 500 + 5], LONG))) for number in range(100)
+            ]
             await until(lambda: client.stats().running == 1)
             link = client.replicas[0].link
             assert link is not None
             await client.close()
             assert await link.ended == "exit code 0"  # by itself, and not killed after a while
-            errors = [type(await task) for task in asked]
+            errors = [type(await task) for task in requested]
             assert errors[-50:] == [EngineClosedError] * 50
             assert set(errors) <= {EngineClosedError, type(None)}
 

@@ -28,11 +28,11 @@ def output(rng: random.Random) -> Output:
     width, deltas = rng.choice([0, 1, 5]), []
     for index in range(rng.randint(1, 4)):
         count = rng.choice([0, 1, 30, 200])
-        made = CompletionDelta(index, list(range(count)), "x" * count, entries(rng, count, width) if width else None)
-        made.cumulative_logprob = -float(count)
+        delta = CompletionDelta(index, list(range(count)), "x" * count, entries(rng, count, width) if width else None)
+        delta.cumulative_logprob = -float(count)
         if rng.random() < 0.5:
-            made.finish_reason, made.stop_reason = FinishReason.STOP, "x"
-        deltas.append(made)
+            delta.finish_reason, delta.stop_reason = FinishReason.STOP, "x"
+        deltas.append(delta)
     prompt = [None, *entries(rng, rng.choice([0, 70]), width or 1)] if rng.random() < 0.5 else None
     return Output(7, deltas, rng.random() < 0.5, prompt)
 
@@ -80,9 +80,9 @@ def test_who_lacks_the_last_piece_gets_the_error_that_ended_the_request() -> Non
 
 
 def test_what_is_small_stays_as_it_is() -> None:
-    made = Output(7, [CompletionDelta(0, [1, 2], "ab")], False)
-    assert split(made) == [made]
-    assert split(made)[0] is made
+    result = Output(7, [CompletionDelta(0, [1, 2], "ab")], False)
+    assert split(result) == [result]
+    assert split(result)[0] is result
 
 
 def large(number: int, count: int) -> RequestOutput:

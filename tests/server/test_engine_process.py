@@ -156,7 +156,7 @@ def test_an_engine_that_stands_still_is_not_ready(run: Any, demo_model: Path, ca
 
 
 def test_a_grammar_holds_up_nobody_while_it_is_compiled(run: Any, demo_model: Path) -> None:
-    dear = [SamplingParams(regex=".?" * (30_000 + place)) for place in range(3)]
+    dear = [SamplingParams(regex=".?" * (30_000 + index)) for index in range(3)]
     order: list[asyncio.Task[Any]] = []
 
     async def ask() -> None:

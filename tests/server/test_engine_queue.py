@@ -26,9 +26,9 @@ def ticket(number: int, *, width: int = 1, priority: int = 0) -> Ticket:
 
 
 def queue(places: int, limit: int = 0) -> RequestQueue:
-    made = RequestQueue(QueueLimits(max_queue_size=limit))
-    made.engines[0].attach(places, 0, 16)
-    return made
+    result = RequestQueue(QueueLimits(max_queue_size=limit))
+    result.engines[0].attach(places, 0, 16)
+    return result
 
 
 def sent(requests: RequestQueue) -> list[int]:
@@ -104,9 +104,9 @@ def test_the_bytes_of_those_that_wait_are_limited() -> None:
     requests.engines[0].attach(1, 0, 16)
 
     def of(number: int, size: int) -> Ticket:
-        made = ticket(number)
-        made.frame = bytearray(size)
-        return made
+        result = ticket(number)
+        result.frame = bytearray(size)
+        return result
 
     requests.put(of(1, 1000))  # it need not wait
     assert sent(requests) == [1]

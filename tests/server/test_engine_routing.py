@@ -20,10 +20,10 @@ def ticket(number: int, tokens: int = BLOCK, *, text: int | None = None, width: 
 
 
 def queue(engines: int, places: int = 8, **limits: int) -> RequestQueue:
-    made = RequestQueue(QueueLimits(**limits), engines)
-    for engine in made.engines:
+    result = RequestQueue(QueueLimits(**limits), engines)
+    for engine in result.engines:
         engine.attach(places, 1000, BLOCK)
-    return made
+    return result
 
 
 def put(requests: RequestQueue, *tickets: Ticket) -> list[int]:

@@ -147,15 +147,15 @@ def test_known_lengths_give_the_wait_exactly(number: int) -> None:
 def test_lengths_that_are_not_known_give_the_wait_on_the_average(mean: int) -> None:
     """Requests of up to 1000 tokens that end by themselves; twice as many come as the engine can do."""
     engine, rng = PlayedEngine(16), random.Random(mean)
-    estimates, asked = [], []
+    estimates, requested = [], []
     for count in range(80 * mean):
         if count % max(1, mean // 32) == 0 and engine.queue.num_waiting < 200:
             engine.add(min(999, 1 + int(rng.expovariate(1 / mean))), most=1000)
         if count > 30 * mean and count % mean == 0:
             estimates.append(engine.queue.estimated_wait() or 0.0)
-            asked.append(engine.add(1, most=1000))
+            requested.append(engine.add(1, most=1000))
         engine.step()
-    waits = [engine.wait_of(number) for number in asked]
+    waits = [engine.wait_of(number) for number in requested]
     assert fmean(estimates) == pytest.approx(fmean(waits), rel=0.3)
     assert min(estimates) > 0
 

@@ -28,12 +28,12 @@ TEXTS = ["Once upon a time", "The cat", "deepspeed is"]
 
 def asked(texts: list[str], length: int = 12, **inputs: list[Any]) -> InferRequest:
     types = {"INPUT_2": "BYTES", "INPUT_3": "BYTES", "is_return_log_probs": "BOOL", "beam_width": "UINT32"}
-    made = [
+    result = [
         tensor("INPUT_0", "BYTES", [[text] for text in texts]),
         tensor("INPUT_1", "UINT32", [[length]] * len(texts)),
         *(tensor(name, types[name], values) for name, values in inputs.items()),
     ]
-    return InferRequest("ensemble", made)
+    return InferRequest("ensemble", result)
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +43,25 @@ def tokenizer() -> Tokenizer:
 
 def by_hand(demo: Running, tokenizer: Tokenizer, text: str, length: int = 12) -> list[int]:
     """Prompt and completion of a text, asked of the token model."""
-    made = demo.infer(token_request([tokenizer.encode(text)], length), ["output_ids"])
-    row: list[int] = made["output_ids"][0][0]
+    response = demo.infer(token_request([tokenizer.encode(text)], length), ["output_ids"])
+    row: list[int] = response["output_ids"][0][0]
     return row
 
 
 def test_text_to_text(demo: Running, tokenizer: Tokenizer) -> None:
-    made = demo.infer(asked(TEXTS))
+    response = demo.infer(asked(TEXTS))
     tokens = [by_hand(demo, tokenizer, text) for text in TEXTS]
-    assert made["OUTPUT_0"] == [[tokenizer.decode(ids)] for ids in tokens]
-    assert made["sequence_length"] == [[len(ids)] for ids in tokens]
-    assert set(made) == {"OUTPUT_0", "sequence_length"}
-    for text, (output,) in zip(TEXTS, made["OUTPUT_0"], strict=True):
+    assert response["OUTPUT_0"] == [[tokenizer.decode(ids)] for ids in tokens]
+    assert response["sequence_length"] == [[len(ids)] for ids in tokens]
+    assert set(response) == {"OUTPUT_0", "sequence_length"}
+    for text, (output,) in zip(TEXTS, response["OUTPUT_0"], strict=True):
         assert output.startswith(text)
 
 
 def test_optional_tensors_go_through_where_they_are_given(demo: Running) -> None:
-    made = demo.infer(asked(TEXTS, is_return_log_probs=[[True]] * 3, beam_width=[[2]] * 3))
-    assert np.shape(made["OUTPUT_0"]) == np.shape(made["cum_log_probs"]) == (3, 2)
-    assert np.shape(made["output_log_probs"])[:2] == (3, 2)
+    response = demo.infer(asked(TEXTS, is_return_log_probs=[[True]] * 3, beam_width=[[2]] * 3))
+    assert np.shape(response["OUTPUT_0"]) == np.shape(response["cum_log_probs"]) == (3, 2)
+    assert np.shape(response["output_log_probs"])[:2] == (3, 2)
 
 
 def test_words_are_commas_apart(demo: Running) -> None:
@@ -82,16 +82,16 @@ def test_the_steps_alone(demo: Running, tokenizer: Tokenizer) -> None:
             tensor("STOP_WORDS_DICT", "BYTES", [["house,dog"], [""]]),
         ],
     )
-    made = demo.infer(request)
+    response = demo.infer(request)
     ids = [tokenizer.encode("The cat"), tokenizer.encode("a")]
-    assert made["REQUEST_INPUT_LEN"] == [[len(ids[0])], [len(ids[1])]]
-    assert made["INPUT_ID"] == [ids[0], [*ids[1], *[0] * (len(ids[0]) - len(ids[1]))]]
-    assert made["REQUEST_OUTPUT_LEN"] == [[5], [6]]
-    assert made["BAD_WORDS_IDS"] == [[[0], [-1]]] * 2
-    flat, ends = made["STOP_WORDS_IDS"][0]
+    assert response["REQUEST_INPUT_LEN"] == [[len(ids[0])], [len(ids[1])]]
+    assert response["INPUT_ID"] == [ids[0], [*ids[1], *[0] * (len(ids[0]) - len(ids[1]))]]
+    assert response["REQUEST_OUTPUT_LEN"] == [[5], [6]]
+    assert response["BAD_WORDS_IDS"] == [[[0], [-1]]] * 2
+    flat, ends = response["STOP_WORDS_IDS"][0]
     runs = [run for word in ("house", "dog") for run in tokenizer.words_ids(word)]
     assert flat[: ends[len(runs) - 1]] == [token for run in runs for token in run]
-    assert made["STOP_WORDS_IDS"][1][1][0] == -1
+    assert response["STOP_WORDS_IDS"][1][1][0] == -1
     tokens = InferRequest("postprocessing", [tensor("TOKENS_BATCH", "UINT32", [[ids[0], ids[0]]])])
     assert demo.infer(tokens) == {"OUTPUT": [["The cat"] * 2]}
     tokens.inputs.append(tensor("SEQUENCE_LENGTH", "UINT32", [[1, 0]]))
@@ -173,11 +173,11 @@ def test_an_ensemble_streams_as_its_steps_do(demo: Running, streaming: Running) 
     assert streaming.service.is_decoupled("ensemble")
     assert not demo.service.is_decoupled("ensemble")
     responses = streaming.streamed(asked(TEXTS[:2]))
-    texts = [made["OUTPUT_0"] for made, _ in responses]
+    texts = [result["OUTPUT_0"] for result, _ in responses]
     assert [final for _, final in responses] == [False] * (len(responses) - 1) + [True]
     assert texts[-1] == demo.infer(asked(TEXTS[:2]))["OUTPUT_0"]
     for before, after in pairwise(texts):
-        assert all(len(one[0]) <= len(two[0]) for one, two in zip(before, after, strict=True))
+        assert all(len(first[0]) <= len(second[0]) for first, second in zip(before, after, strict=True))
 
 
 def test_steps_are_counted_as_models_of_their_own(demo: Running) -> None:
@@ -257,23 +257,23 @@ def results(demo: Running, config: Any, shelf: Shelf) -> list[tuple[list[float],
     async def collect() -> list[tuple[list[float], bool]]:
         ensemble = Ensemble(config, shelf)
         work = Work("", "e", {"X": tensor("X", "FP32", [1.0, 2.0])}, 1, frozenset({"Y"}), {})
-        return [(one.outputs[0].data.tolist(), one.final) async for one in ensemble.execute(work)]
+        return [(each.outputs[0].data.tolist(), each.final) async for each in ensemble.execute(work)]
 
     return demo.run(collect())
 
 
 def test_steps_run_in_the_order_of_what_they_need(demo: Running) -> None:
     shuffled = config(step("c", "b", "Y"), step("a", "X", "a"), step("b", "a", "b"))
-    assert [one.model_name for one in ordered_steps(shuffled)] == ["a", "b", "c"]
+    assert [ordered_step.model_name for ordered_step in ordered_steps(shuffled)] == ["a", "b", "c"]
     assert results(demo, shuffled, Shelf(a=Adder(), b=Adder(), c=Adder())) == [([4.0, 5.0], True)]
 
 
 def test_responses_multiply(demo: Running) -> None:
-    made = config(step("a", "X", "a"), step("b", "a", "Y"))
-    found = results(demo, made, Shelf(a=Adder(2), b=Adder(3)))
+    result = config(step("a", "X", "a"), step("b", "a", "Y"))
+    found = results(demo, result, Shelf(a=Adder(2), b=Adder(3)))
     assert [values[0] for values, _ in found] == [3, 4, 5, 4, 5, 6]
     assert [final for _, final in found] == [False] * 5 + [True]
-    assert is_decoupled(made)
+    assert is_decoupled(result)
 
 
 def test_a_step_that_fails_is_named(demo: Running) -> None:
@@ -302,10 +302,10 @@ def test_ensembles_that_cannot_be(demo: Running, make: Callable[[], Any], messag
 
 
 def test_types_must_agree() -> None:
-    made = config(step("a", "X", "Y"))
-    made.input[0].data_type = 3
+    result = config(step("a", "X", "Y"))
+    result.input[0].data_type = 3
     with pytest.raises(ConfigError, match="tensor 'X' is UINT16, but input 'IN' of 'a' is FP32"):
-        Ensemble(made, Shelf(a=Adder()))
+        Ensemble(result, Shelf(a=Adder()))
 
 
 def test_requested_outputs(demo: Running) -> None:

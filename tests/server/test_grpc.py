@@ -44,15 +44,15 @@ def request(
     **fields: str,
 ) -> Any:
     """`inputs`: name, type, shape, and optionally typed contents and parameters."""
-    made = pb.ModelInferRequest(model_name=model, raw_input_contents=raw, **fields)
+    result = pb.ModelInferRequest(model_name=model, raw_input_contents=raw, **fields)
     for name, datatype, shape, *more in inputs:
-        tensor = made.inputs.add(name=name, datatype=datatype, shape=shape)
+        tensor = result.inputs.add(name=name, datatype=datatype, shape=shape)
         for field, values in (more[0] if more else {}).items():
             getattr(tensor.contents, field).extend(values)
     for name, own in outputs:
-        set_parameters(made.outputs.add(name=name).parameters, own)
-    set_parameters(made.parameters, parameters or {})
-    return made
+        set_parameters(result.outputs.add(name=name).parameters, own)
+    set_parameters(result.parameters, parameters or {})
+    return result
 
 
 def set_parameters(target: Any, values: Mapping[str, Any]) -> None:
@@ -99,13 +99,13 @@ def test_metadata_is_told(stub: Any) -> None:
     assert list(stub.ServerMetadata(pb.ServerMetadataRequest()).extensions) == EXTENSIONS.split()
     found = stub.ModelMetadata(pb.ModelMetadataRequest(name="add"))
     assert (found.name, list(found.versions), found.platform) == ("add", ["1"], "python")
-    assert [(one.name, one.datatype, list(one.shape)) for one in found.outputs] == [
+    assert [(output.name, output.datatype, list(output.shape)) for output in found.outputs] == [
         ("OUTPUT0", "FP32", [-1, -1]),
         ("OUTPUT1", "FP32", [-1, -1]),
     ]
     assert stub.ModelConfig(pb.ModelConfigRequest(name="add")).config.max_batch_size == 64
     stats = stub.ModelStatistics(pb.ModelStatisticsRequest(name="add")).model_stats
-    assert [(one.name, one.version) for one in stats] == [("add", "1")]
+    assert [(output.name, output.version) for output in stats] == [("add", "1")]
 
 
 @pytest.mark.parametrize(
@@ -143,15 +143,15 @@ def test_what_cannot_be_done_says_why(stub: Any, call: str, fields: Any, code: g
 def test_an_inference(stub: Any) -> None:
     answer = stub.ModelInfer(request(id="r1"))
     assert (answer.model_name, answer.model_version, answer.id) == ("add", "1", "r1")
-    assert [(one.name, one.datatype, list(one.shape)) for one in answer.outputs] == [
+    assert [(item.name, item.datatype, list(item.shape)) for item in answer.outputs] == [
         ("OUTPUT0", "FP32", [1, 2]),
         ("OUTPUT1", "FP32", [1, 2]),
     ]
     assert list(answer.raw_output_contents) == [SUM, DIFFERENCE]
     assert not answer.parameters
-    one = stub.ModelInfer(request(outputs=[("OUTPUT1", {"own": 1})], parameters={"x": 1.5, "y": "s", "priority": 2}))
-    assert [tensor.name for tensor in one.outputs] == ["OUTPUT1"]
-    assert list(one.raw_output_contents) == [DIFFERENCE]
+    item = stub.ModelInfer(request(outputs=[("OUTPUT1", {"own": 1})], parameters={"x": 1.5, "y": "s", "priority": 2}))
+    assert [tensor.name for tensor in item.outputs] == ["OUTPUT1"]
+    assert list(item.raw_output_contents) == [DIFFERENCE]
 
 
 @pytest.mark.parametrize(
@@ -285,23 +285,26 @@ def test_errors_have_the_codes_of_their_kinds(stub: Any) -> None:
 
 def test_classification(stub: Any) -> None:
     answer = stub.ModelInfer(request(outputs=[("OUTPUT0", {"classification": 1}), ("OUTPUT1", {"classification": 3})]))
-    assert [(one.datatype, list(one.shape)) for one in answer.outputs] == [("BYTES", [1, 1]), ("BYTES", [1, 2])]
+    assert [(output.datatype, list(output.shape)) for output in answer.outputs] == [
+        ("BYTES", [1, 1]),
+        ("BYTES", [1, 2]),
+    ]
     assert answer.raw_output_contents[0] == b"\x0b\0\0\x0011.000000:0"
     assert answer.raw_output_contents[1] == b"\x0a\0\0\x002.000000:1\x0b\0\0\0-9.000000:0"
 
 
 def test_a_stream_of_a_decoupled_model(stub: Any) -> None:
-    found = [one.infer_response for one in stub.ModelStreamInfer(iter([count(2)]))]
-    assert [list(one.raw_output_contents) for one in found] == [[b"\0\0\0\0"], [b"\1\0\0\0"]]
-    assert all((one.model_name, one.model_version, one.id) == ("decoupled", "1", "d") for one in found)
-    assert [one.parameters["triton_final_response"].bool_param for one in found] == [False, False]
+    found = [item.infer_response for item in stub.ModelStreamInfer(iter([count(2)]))]
+    assert [list(item.raw_output_contents) for item in found] == [[b"\0\0\0\0"], [b"\1\0\0\0"]]
+    assert all((item.model_name, item.model_version, item.id) == ("decoupled", "1", "d") for item in found)
+    assert [item.parameters["triton_final_response"].bool_param for item in found] == [False, False]
     assert list(stub.ModelStreamInfer(iter([count(0)]))) == []
 
 
 @pytest.mark.parametrize("wanted", [0, 2])
 def test_an_empty_final_response_comes_where_it_is_asked_for(stub: Any, wanted: int) -> None:
     message = count(wanted, triton_enable_empty_final_response=True)
-    *before, last = [one.infer_response for one in stub.ModelStreamInfer(iter([message]))]
+    *before, last = [item.infer_response for item in stub.ModelStreamInfer(iter([message]))]
     assert len(before) == wanted
     assert (last.id, len(last.outputs), last.parameters["triton_final_response"].bool_param) == ("d", 0, True)
 
@@ -310,7 +313,7 @@ def test_errors_are_in_the_stream_which_stays_open(stub: Any) -> None:
     lacking = request(inputs=[INPUT0], raw=[RAW0], id="bad")
     messages = [request(id="u1"), lacking, request("nope", id="n"), count(-2, "c"), request(id="u2")]
     found = list(stub.ModelStreamInfer(iter(messages)))
-    by_id = {one.infer_response.id: one for one in found}
+    by_id = {item.infer_response.id: item for item in found}
     assert by_id["u1"].infer_response.parameters["triton_final_response"].bool_param
     assert not by_id["u1"].error_message
     assert by_id["bad"].error_message.startswith("[request id: bad] expected 2 inputs but got 1 inputs")
@@ -330,7 +333,7 @@ def test_bytes_that_are_no_message_are_the_clients_fault(transports: Transports)
         stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
         messages = (request(id="a").SerializeToString(), GARBAGE, request(id="b").SerializeToString())
         found = [pb.ModelStreamInferResponse.FromString(raw) for raw in stream(iter(messages), timeout=LIMIT_S)]
-    assert [(one.infer_response.id, one.error_message) for one in found] == [("a", ""), ("", NO_MESSAGE), ("b", "")]
+    assert [(item.infer_response.id, item.error_message) for item in found] == [("a", ""), ("", NO_MESSAGE), ("b", "")]
 
 
 def test_a_models_error_can_be_the_status_of_its_stream(stub: Any) -> None:
@@ -364,7 +367,9 @@ def test_an_error_is_followed_by_the_final_response_where_it_is_asked_for(stub: 
 
 def test_requests_of_a_stream_are_computed_side_by_side(transports: Transports, stub: Any) -> None:
     transports.service.most_at_once = 0
-    found = [one.infer_response.id for one in stub.ModelStreamInfer(iter([count(3, str(at), 0.1) for at in range(8)]))]
+    found = [
+        item.infer_response.id for item in stub.ModelStreamInfer(iter([count(3, str(at), 0.1) for at in range(8)]))
+    ]
     assert sorted(found) == sorted(3 * [str(at) for at in range(8)])
     assert transports.service.most_at_once > 1
 
@@ -374,7 +379,7 @@ def test_models_that_answer_once_answer_in_the_order_of_their_requests(transport
     transports.service.delay, before = 0.2, transports.service.delay
     try:
         messages = [request(id="slow", raw=[slow, RAW1]), request("nope", id="no"), request(id="fast")]
-        assert [one.infer_response.id for one in stub.ModelStreamInfer(iter(messages))] == ["slow", "no", "fast"]
+        assert [item.infer_response.id for item in stub.ModelStreamInfer(iter(messages))] == ["slow", "no", "fast"]
     finally:
         transports.service.delay = before
 
@@ -392,8 +397,8 @@ def test_a_client_that_leaves_withdraws_its_requests(transports: Transports, how
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         timeout = 2 << number if how == "deadline" else None
         more: queue.Queue[Any] = queue.Queue()
-        for one in (SLOW, count(1000, "a", 1000), count(1000, "b", 1000)):
-            more.put(one)
+        for item in (SLOW, count(1000, "a", 1000), count(1000, "b", 1000)):
+            more.put(item)
         if streamed:
             call = stub.ModelStreamInfer(iter(more.get, None), timeout=timeout)
         else:
@@ -502,7 +507,7 @@ def test_large_files_of_a_model_are_read_beside_the_loop(
 def test_the_repository_is_controlled(transports: Transports, stub: Any) -> None:
     def states() -> dict[str, tuple[str, str]]:
         models = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
-        return {one.name: (one.state, one.reason) for one in models}
+        return {item.name: (item.state, item.reason) for item in models}
 
     assert states()["text"] == ("READY", "")
     unload = pb.RepositoryModelUnloadRequest(model_name="text")

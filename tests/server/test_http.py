@@ -157,7 +157,7 @@ def test_the_repository_is_controlled(transports: Transports, http: httpx.Client
     assert http.post(f"{root}/models/text/unload", json={"parameters": {"unload_dependents": True}}).content == b""
     gone = entry | {"state": "UNAVAILABLE", "reason": "unloaded"}
     assert gone in http.post(f"{root}/index", json={}).json()
-    assert "text" not in [one["name"] for one in http.post(f"{root}/index", json={"ready": True}).json()]
+    assert "text" not in [each["name"] for each in http.post(f"{root}/index", json={"ready": True}).json()]
     assert http.get("/v2/health/ready").status_code == 400
     unknown = "Request for unknown model: 'text' has no available versions"
     assert refusal(http.post("/v2/models/text/infer", json={"inputs": []}), 404) == unknown
@@ -223,12 +223,12 @@ TRACING = {
 
 
 def test_trace_settings_of_a_model_stand_before_those_of_all(http: httpx.Client) -> None:
-    everywhere, one = "/v2/trace/setting", "/v2/models/add/trace/setting"
+    everywhere, each = "/v2/trace/setting", "/v2/models/add/trace/setting"
     assert http.get(everywhere).json() == TRACING
     assert http.post(everywhere, json={"trace_count": "5"}).json() == TRACING | {"trace_count": "5"}
-    assert http.post(one, json={"trace_rate": "7"}).json() == TRACING | {"trace_count": "5", "trace_rate": "7"}
+    assert http.post(each, json={"trace_rate": "7"}).json() == TRACING | {"trace_count": "5", "trace_rate": "7"}
     assert http.get(everywhere).json()["trace_rate"] == "1000"
-    assert http.post(one, json={"trace_rate": None}).json()["trace_rate"] == "1000"
+    assert http.post(each, json={"trace_rate": None}).json()["trace_rate"] == "1000"
     assert http.post(everywhere, json={"trace_count": None, "trace_level": ["OFF"]}).json() == TRACING
 
 

@@ -33,8 +33,8 @@ NO_SUCH_TYPE = "parameter 'x' has invalid type. It should be either 'int', 'bool
 def test_an_inference_as_json(http: httpx.Client) -> None:
     both = {"model_name": "add", "model_version": "1", "outputs": [SUM, DIFFERENCE]}
     assert http.post(ADD, json={"inputs": [A, B]}).json() == both
-    one = {"id": "abc", "inputs": [A, B], "outputs": [{"name": "OUTPUT1"}], "parameters": {"x": 1, "f": 1.5}}
-    answer = http.post("/v2/models/add/versions/1/infer", json=one)
+    item = {"id": "abc", "inputs": [A, B], "outputs": [{"name": "OUTPUT1"}], "parameters": {"x": 1, "f": 1.5}}
+    answer = http.post("/v2/models/add/versions/1/infer", json=item)
     assert answer.json() == both | {"id": "abc", "outputs": [DIFFERENCE]}
 
 
@@ -155,7 +155,7 @@ def test_binary_tensors_come_behind_the_json(http: httpx.Client) -> None:
     assert answer.headers["content-type"] == "application/octet-stream"
     length = int(answer.headers["Inference-Header-Content-Length"])
     size = {"parameters": {"binary_data_size": 8}}
-    plain = [{key: one[key] for key in ("name", "datatype", "shape")} | size for one in (SUM, DIFFERENCE)]
+    plain = [{key: item[key] for key in ("name", "datatype", "shape")} | size for item in (SUM, DIFFERENCE)]
     assert json.loads(answer.content[:length])["outputs"] == plain
     assert answer.content[length:] == np.array([11, 3, -9, 2], np.float32).tobytes()
 
@@ -178,8 +178,8 @@ def test_each_output_is_as_it_was_asked_for(
     answer = post_binary(http, TWO | {"parameters": parameters, "outputs": outputs}, RAW)
     length = int(answer.headers.get("Inference-Header-Content-Length", len(answer.content)))
     found = json.loads(answer.content[:length])["outputs"]
-    assert ["parameters" in one for one in found] == binary
-    assert ["data" in one for one in found] == [not one for one in binary]
+    assert ["parameters" in item for item in found] == binary
+    assert ["data" in item for item in found] == [not item for item in binary]
 
 
 @pytest.mark.parametrize(
@@ -379,9 +379,9 @@ def test_what_an_inference_says_twice_is_refused(http: httpx.Client) -> None:
 
 
 def test_generate_shapes_what_comes_flat(http: httpx.Client) -> None:
-    for one, other in ((1, 1), ([1, 2], [1, 2]), ([[1, 2]], [[1, 2]])):
-        answer = http.post("/v2/models/add/generate", json={"INPUT0": one, "INPUT1": other})
-        assert answer.json()["OUTPUT0"] == (2.0 if one == 1 else [2.0, 4.0])
+    for item, other in ((1, 1), ([1, 2], [1, 2]), ([[1, 2]], [[1, 2]])):
+        answer = http.post("/v2/models/add/generate", json={"INPUT0": item, "INPUT1": other})
+        assert answer.json()["OUTPUT0"] == (2.0 if item == 1 else [2.0, 4.0])
 
 
 @pytest.mark.parametrize(("wanted", "numbers"), [(0, []), (1, [0]), (3, [0, 1, 2])])

@@ -46,16 +46,16 @@ def client(site: Transports) -> Iterator[httpx.Client]:
 
 def test_a_request_holds_its_bytes_beyond_the_first_until_it_ends() -> None:
     inflight = InflightBytes(100)
-    with inflight.claim() as one, inflight.claim() as other:
-        one.grow(SMALL - 1)
+    with inflight.claim() as each, inflight.claim() as other:
+        each.grow(SMALL - 1)
         assert inflight.held == 0
-        one.grow(61)
+        each.grow(61)
         assert inflight.held == 60
         other.grow(SMALL)
         other.grow(40)
         assert inflight.held == 100
         with pytest.raises(ServiceError, match="requests of 100 bytes are in flight, and the limit is 100") as error:
-            one.grow(1)
+            each.grow(1)
         assert error.value.kind is ErrorKind.EXHAUSTED
         assert (inflight.held, inflight.refusals) == (100, 1)
     assert inflight.held == 0
@@ -130,11 +130,11 @@ def test_what_is_unpacked_counts(client: httpx.Client, path: str) -> None:
 
 
 def message(values: int, request_id: str = "") -> pb.ModelInferRequest:
-    made = pb.ModelInferRequest(model_name="add", id=request_id)
+    request = pb.ModelInferRequest(model_name="add", id=request_id)
     for name in ("INPUT0", "INPUT1"):
-        made.inputs.add(name=name, datatype="FP32", shape=[1, values])
-        made.raw_input_contents.append(np.ones(values, np.float32).tobytes())
-    return made
+        request.inputs.add(name=name, datatype="FP32", shape=[1, values])
+        request.raw_input_contents.append(np.ones(values, np.float32).tobytes())
+    return request
 
 
 @pytest.mark.usefixtures("full")

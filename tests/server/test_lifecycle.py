@@ -145,7 +145,7 @@ class Bench(Running):
         return caught.value.kind, str(caught.value)
 
     def states(self) -> list[tuple[str, str, str, str]]:
-        return [(one.name, one.version, str(one.state), one.reason) for one in self.service.index()]
+        return [(each.name, each.version, str(each.state), each.reason) for each in self.service.index()]
 
     def until(self, true: Callable[[], bool]) -> None:
         self.run(until(true))
@@ -164,10 +164,10 @@ async def _wait(work: Awaitable[Any]) -> Any:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
-    yield made
-    made.close()
-    assert not made.engines.alive
+    result = Bench(tmp_path)
+    yield result
+    result.close()
+    assert not result.engines.alive
 
 
 def test_all_models_are_loaded_at_the_start(bench: Bench) -> None:
@@ -309,9 +309,9 @@ def test_requests_under_way_finish_when_a_model_is_unloaded(bench: Bench) -> Non
             engine.go.set()
         return [task.result() for task in tasks]
 
-    made = [values(response) for response in bench.run(all_of_it())]
-    assert made[0]["output_ids"] == made[1]["output_ids"] == [[[*range(7, 18)]]]
-    assert made[2]["text_output"][0].endswith("x" * 15)
+    result = [values(response) for response in bench.run(all_of_it())]
+    assert result[0]["output_ids"] == result[1]["output_ids"] == [[[*range(7, 18)]]]
+    assert result[2]["text_output"][0].endswith("x" * 15)
     bench.until(lambda: not bench.engines.alive)
 
 
@@ -570,7 +570,7 @@ def test_a_model_of_files_that_were_sent(bench: Bench) -> None:
 
 def touch(path: Path) -> None:
     """Let the folder look changed, however coarse the file system's clock is."""
-    later = max(one.stat().st_mtime_ns for one in (path, *path.rglob("*"))) + 10**7
+    later = max(each.stat().st_mtime_ns for each in (path, *path.rglob("*"))) + 10**7
     os.utime(path, ns=(later, later))
 
 

@@ -36,11 +36,11 @@ def program(name: str) -> str:
 def run(command: Sequence[str | Path]) -> str:
     """What a program writes, which must end well."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    made = subprocess.run(
+    completed = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=_LIMIT_S, env=environment | {"COLUMNS": "200"}
     )
-    assert made.returncode == 0, f"{made.stdout[-4000:]}\n{made.stderr[-4000:]}"
-    return made.stdout
+    assert completed.returncode == 0, f"{completed.stdout[-4000:]}\n{completed.stderr[-4000:]}"
+    return completed.stdout
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def url(model: Path, tmp_path: Path) -> Iterator[str]:
-    with serve_process(tmp_path / "serve.log", str(model), "--device", "cpu") as places:
-        yield f"http://{places['HTTPService']}"
+    with serve_process(tmp_path / "serve.log", str(model), "--device", "cpu") as indices:
+        yield f"http://{indices['HTTPService']}"
 
 
 def record(value: Any, *names: str) -> Any:
@@ -70,11 +70,11 @@ def test_aiperf_measures_a_server(model: Path, tmp_path: Path, request: pytest.F
     exact = ("--extra-inputs", "ignore_eos:true", "--extra-inputs", f"min_tokens:{_TOKENS}")
     run([aiperf, "profile", *about, *lengths, *exact, "--ui", "none", "--artifact-dir", tmp_path / "made"])
     (file,) = (tmp_path / "made").rglob("profile_export_aiperf.json")
-    made = json.loads(file.read_text())
-    assert record(made, "request_count", "avg") == _REQUESTS
-    assert not made.get("error_summary")
-    assert record(made, "output_sequence_length", "avg") == pytest.approx(_TOKENS, abs=2)
-    assert record(made, "time_to_first_token", "avg") > 0
+    result = json.loads(file.read_text())
+    assert record(result, "request_count", "avg") == _REQUESTS
+    assert not result.get("error_summary")
+    assert record(result, "output_sequence_length", "avg") == pytest.approx(_TOKENS, abs=2)
+    assert record(result, "time_to_first_token", "avg") > 0
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
@@ -138,5 +138,5 @@ def test_lm_eval_scores_over_completions(model: Path, tmp_path: Path, request: p
         ids = torch.tensor([tokenizer.encode(row["text"] + row["ending"], add_special_tokens=False)])
         with torch.inference_mode():
             logprobs = theirs(ids).logits[0].log_softmax(-1)
-        right = sum(logprobs[place - 1, ids[0, place]].item() for place in range(context, ids.shape[1]))
+        right = sum(logprobs[index - 1, ids[0, index]].item() for index in range(context, ids.shape[1]))
         assert float(samples[row["text"]]["resps"][0][0][0]) == pytest.approx(right, abs=1e-3)

@@ -20,9 +20,9 @@ FIELDS = "more than 4096 fields"
 
 def tensor(shape: list[int], datatype: str = "UINT32", raw: bytes | None = None, **contents: Any) -> bytes:
     message = INFER(model_name="m", raw_input_contents=[] if raw is None else [raw])
-    made = message.inputs.add(name="x", datatype=datatype, shape=shape)
+    result = message.inputs.add(name="x", datatype=datatype, shape=shape)
     for field, values in contents.items():
-        getattr(made.contents, field).extend(values)
+        getattr(result.contents, field).extend(values)
     return bytes(message.SerializeToString())
 
 

@@ -24,38 +24,43 @@ CALLS = {"tools": MESSAGE_TOOLS, "tool_choice": {"type": "any", "disable_paralle
 
 @pytest.fixture(scope="module")
 def client(tool_site: Site) -> Iterator[Any]:
-    with anthropic.Anthropic(base_url=tool_site.url, api_key="none", max_retries=0) as made:
-        yield made
+    with anthropic.Anthropic(base_url=tool_site.url, api_key="none", max_retries=0) as result:
+        yield result
 
 
 def test_a_message_is_the_chats_answer(client: Any, tool_client: Any) -> None:
     system = [{"type": "text", "text": "Tell.", "cache_control": {"type": "ephemeral"}}]
-    made = client.messages.create(**COMMON | {"max_tokens": 9}, system=system, extra_body={"seed": 1})
+    created = client.messages.create(**COMMON | {"max_tokens": 9}, system=system, extra_body={"seed": 1})
     messages = [{"role": "system", "content": "Tell."}, *COMMON["messages"]]
     right = tool_client.chat.completions.create(model="story", messages=messages, max_tokens=9, seed=1)
-    assert [block.text for block in made.content] == [right.choices[0].message.content]
-    assert (made.usage.input_tokens, made.usage.output_tokens) == (right.usage.prompt_tokens, 9)
-    assert (made.type, made.role, made.stop_reason, made.stop_sequence) == ("message", "assistant", "max_tokens", None)
+    assert [block.text for block in created.content] == [right.choices[0].message.content]
+    assert (created.usage.input_tokens, created.usage.output_tokens) == (right.usage.prompt_tokens, 9)
+    assert (created.type, created.role, created.stop_reason, created.stop_sequence) == (
+        "message",
+        "assistant",
+        "max_tokens",
+        None,
+    )
     counted = client.messages.count_tokens(model="story", messages=COMMON["messages"], system=system)
-    assert counted.input_tokens == made.usage.input_tokens
+    assert counted.input_tokens == created.usage.input_tokens
 
 
 def test_a_stop_sequence_is_named(client: Any, tool_client: Any) -> None:
     common = COMMON | {"max_tokens": 60, "extra_body": {"temperature": 0.0}}
     text = client.messages.create(**common).content[0].text
     assert "." in text
-    made = client.messages.create(**common, stop_sequences=["never", "."])
-    assert (made.stop_reason, made.stop_sequence) == ("stop_sequence", ".")
-    assert made.content[0].text == text.partition(".")[0]
+    created = client.messages.create(**common, stop_sequences=["never", "."])
+    assert (created.stop_reason, created.stop_sequence) == ("stop_sequence", ".")
+    assert created.content[0].text == text.partition(".")[0]
     answer = tool_client.chat.completions.create(**common, stop=["never", "."]).choices[0]
     assert answer.stop_reason == "."
     assert not hasattr(tool_client.chat.completions.create(**common | {"max_tokens": 1}).choices[0], "stop_reason")
 
 
 def test_calls_and_their_results_go_on(client: Any, tool_client: Any) -> None:
-    made = client.messages.create(**COMMON | CALLS, extra_body={"seed": 2})
-    (call,) = made.content
-    assert (call.type, made.stop_reason) == ("tool_use", "tool_use")
+    created = client.messages.create(**COMMON | CALLS, extra_body={"seed": 2})
+    (call,) = created.content
+    assert (call.type, created.stop_reason) == ("tool_use", "tool_use")
     assert call.name == "clock" or call.input["city"] in ("Paris", "Oslo")
     result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "snow"}]}
     history = [
@@ -81,8 +86,8 @@ def test_calls_and_their_results_go_on(client: Any, tool_client: Any) -> None:
 
 
 def test_a_named_tool_is_called(client: Any) -> None:
-    made = client.messages.create(**COMMON, tools=MESSAGE_TOOLS, tool_choice={"type": "tool", "name": "clock"})
-    assert [(block.name, block.input) for block in made.content] == [("clock", {})]
+    created = client.messages.create(**COMMON, tools=MESSAGE_TOOLS, tool_choice={"type": "tool", "name": "clock"})
+    assert [(block.name, block.input) for block in created.content] == [("clock", {})]
     none = client.messages.create(**COMMON | {"max_tokens": 3}, tools=MESSAGE_TOOLS, tool_choice={"type": "none"})
     assert none.content[0].type == "text"
 

@@ -218,10 +218,10 @@ def test_what_was_counted_is_exposed(service: Counted) -> None:
     assert samples["hasten_estimated_wait_seconds", key] == 2.5
     assert samples["hasten_prefix_cache_hit_tokens_total", key] == 7
     first, second = (of("tokens", "1", replica=index) for index in "01")
-    assert [samples["hasten_replica_ready", one] for one in (first, second)] == [1, 0]
-    assert [samples["hasten_replica_restarts_total", one] for one in (first, second)] == [3, 2]
-    assert [samples["hasten_replica_requests_running", one] for one in (first, second)] == [1, 2]
-    assert [samples["hasten_replica_kv_cache_usage_ratio", one] for one in (first, second)] == [0.2, 0.4]
+    assert [samples["hasten_replica_ready", each] for each in (first, second)] == [1, 0]
+    assert [samples["hasten_replica_restarts_total", each] for each in (first, second)] == [3, 2]
+    assert [samples["hasten_replica_requests_running", each] for each in (first, second)] == [1, 2]
+    assert [samples["hasten_replica_kv_cache_usage_ratio", each] for each in (first, second)] == [0.2, 0.4]
 
 
 def test_histograms_are_cumulative(service: Counted) -> None:

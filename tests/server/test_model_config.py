@@ -49,46 +49,46 @@ def config(text: str = "", name: str = "m") -> Any:
 
 
 def with_parameters(**parameters: str) -> Any:
-    made = model_config_pb2.ModelConfig(name="m")
+    result = model_config_pb2.ModelConfig(name="m")
     for name, value in parameters.items():
-        made.parameters[name].string_value = value
-    return made
+        result.parameters[name].string_value = value
+    return result
 
 
 def test_the_configuration_of_the_article() -> None:
-    made = config(ARTICLE, "fastertransformer")
-    assert engine_options(made) == {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "dtype": "fp16"}
-    assert made.max_batch_size == 64
-    assert [tensor.name for tensor in made.input][:4] == [
+    result = config(ARTICLE, "fastertransformer")
+    assert engine_options(result) == {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "dtype": "fp16"}
+    assert result.max_batch_size == 64
+    assert [tensor.name for tensor in result.input][:4] == [
         "input_ids", "input_lengths", "request_output_len", "runtime_top_k",
     ]  # fmt: skip
-    folder = checkpoint_folder(made, Path("/repo/fastertransformer"), Path("/repo/fastertransformer/1"))
+    folder = checkpoint_folder(result, Path("/repo/fastertransformer"), Path("/repo/fastertransformer/1"))
     assert folder == Path("/mnt/model/2-gpu")
 
 
 def test_what_is_left_out_is_completed_with_the_whole_interface() -> None:
-    made = config()
+    result = config()
     interface = INTERFACES[Kind.TOKEN]
-    assert [tensor.name for tensor in made.input] == [rule.name for rule in interface.inputs]
-    assert [tensor.name for tensor in made.output] == [rule.name for rule in interface.outputs]
-    assert (made.name, made.backend, made.max_batch_size) == ("m", "hasten", 1024)
-    assert made.version_policy.latest.num_versions == 1
-    assert not made.model_transaction_policy.decoupled
+    assert [tensor.name for tensor in result.input] == [rule.name for rule in interface.inputs]
+    assert [tensor.name for tensor in result.output] == [rule.name for rule in interface.outputs]
+    assert (result.name, result.backend, result.max_batch_size) == ("m", "hasten", 1024)
+    assert result.version_policy.latest.num_versions == 1
+    assert not result.model_transaction_policy.decoupled
     assert len(config(ARTICLE, "fastertransformer").input) == len(interface.inputs)
 
 
 @pytest.mark.parametrize("model_type", ["GPT-J", "GPT-NeoX"])
 def test_models_with_rotary_positions_have_the_tensors_of_their_own_backends(model_type: str) -> None:
-    made = completed(with_parameters(model_type=model_type), "m")
-    check_parameters(made, kind_of(made))
-    assert {tensor.name for tensor in made.input} == {
+    result = completed(with_parameters(model_type=model_type), "m")
+    check_parameters(result, kind_of(result))
+    assert {tensor.name for tensor in result.input} == {
         *("input_ids", "input_lengths", "request_output_len", "start_id", "end_id", "runtime_top_k", "runtime_top_p"),
         *("beam_search_diversity_rate", "temperature", "len_penalty", "repetition_penalty", "presence_penalty"),
         *("min_length", "random_seed", "is_return_log_probs", "beam_width", "bad_words_list", "stop_words_list"),
         *("prompt_learning_task_name_ids", "top_p_decay", "top_p_min", "top_p_reset_ids"),
         *("request_prompt_embedding", "request_prompt_lengths", "request_prompt_type"),
     }
-    outputs = {tensor.name for tensor in made.output}
+    outputs = {tensor.name for tensor in result.output}
     assert outputs == {"output_ids", "sequence_length", "cum_log_probs", "output_log_probs"}
     for tensor in ("input { name: 'is_return_context_embeddings'", "output { name: 'response_input_lengths'"):
         given = parse_config(f"{tensor} data_type: TYPE_INT32 dims: [ -1 ] }}", "config.pbtxt")
@@ -98,14 +98,14 @@ def test_models_with_rotary_positions_have_the_tensors_of_their_own_backends(mod
 
 
 def test_an_encoder_decoder_has_the_tensors_of_t5s_backend() -> None:
-    made = completed(with_parameters(model_type="T5"), "m")
-    check_parameters(made, kind_of(made))
-    names = [tensor.name for tensor in made.input]
+    result = completed(with_parameters(model_type="T5"), "m")
+    check_parameters(result, kind_of(result))
+    names = [tensor.name for tensor in result.input]
     assert {"input_ids", "sequence_length", "max_output_len", "ia3_tasks", "runtime_top_k", "top_p_reset_ids"} < {
         *names
     }
     assert not {"input_lengths", "request_output_len", "is_return_context_embeddings", "request_prompt_type"} & {*names}
-    outputs = {tensor.name: DATATYPES["INT32"] == tensor.data_type for tensor in made.output}
+    outputs = {tensor.name: DATATYPES["INT32"] == tensor.data_type for tensor in result.output}
     expected = {"output_ids": True, "sequence_length": True, "cum_log_probs": False, "output_log_probs": False}
     assert outputs == expected
 
@@ -207,9 +207,9 @@ def test_json_that_is_no_configuration(text: str) -> None:
     ],
 )
 def test_a_wrong_parameter_is_named(parameters: dict[str, str], message: str) -> None:
-    made = completed(with_parameters(**parameters), "m")
+    result = completed(with_parameters(**parameters), "m")
     with pytest.raises(ConfigError, match=f"model 'm': .*{message}|{message}"):
-        check_parameters(made, kind_of(made))
+        check_parameters(result, kind_of(result))
 
 
 def test_every_option_of_the_engine_is_a_parameter_and_back() -> None:
@@ -220,9 +220,9 @@ def test_every_option_of_the_engine_is_a_parameter_and_back() -> None:
         max_num_batched_tokens=99, max_model_len=512, overlap_steps=True, enforce_eager=True, load_format="dummy",
         quantization="int8",
     )  # fmt: skip
-    made = completed(with_parameters(**engine_parameters(engine)), "m")
-    folder = checkpoint_folder(made, Path(), Path("1"))
-    assert EngineConfig.create(str(folder), **engine_options(made)) == engine
+    result = completed(with_parameters(**engine_parameters(engine)), "m")
+    folder = checkpoint_folder(result, Path(), Path("1"))
+    assert EngineConfig.create(str(folder), **engine_options(result)) == engine
     plain = EngineConfig.create("/m")
     assert set(engine_parameters(plain)) == {
         *("tensor_para_size", "pipeline_para_size", "model_type", "model_checkpoint_path", "int8_mode"),
@@ -261,8 +261,8 @@ def test_where_the_weights_lie(tmp_path: Path) -> None:
 
 def test_queue_limits() -> None:
     policy = "max_queue_size: 5 default_timeout_microseconds: 1500000"
-    made = queue_limits(config(f"dynamic_batching {{ default_queue_policy {{ {policy} }} }}"))
-    assert (made.max_queue_size, made.default_timeout) == (5, 1.5)
+    result = queue_limits(config(f"dynamic_batching {{ default_queue_policy {{ {policy} }} }}"))
+    assert (result.max_queue_size, result.default_timeout) == (5, 1.5)
     nothing = queue_limits(config())
     assert (nothing.max_queue_size, nothing.default_timeout) == (0, None)
 
@@ -304,5 +304,5 @@ def test_a_text_model_is_decoupled_unless_it_says_otherwise() -> None:
 
 
 def test_a_configuration_survives_being_written() -> None:
-    made = config(ARTICLE, "fastertransformer")
-    assert completed(parse_config(text_format.MessageToString(made), "x"), "fastertransformer") == made
+    result = config(ARTICLE, "fastertransformer")
+    assert completed(parse_config(text_format.MessageToString(result), "x"), "fastertransformer") == result

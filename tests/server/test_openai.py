@@ -40,21 +40,21 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """`story` has a chat template; `narrow` has none, runs two requests at once and lets one more wait."""
     story = with_template(tmp_path_factory.mktemp("models"))
     narrow = models(DEMO, "narrow", limits=QueueLimits(max_queue_size=1), max_num_seqs=2)
-    made = Site([*models(story, "tokens", "story"), *narrow])
-    yield made
-    made.close()
+    result = Site([*models(story, "tokens", "story"), *narrow])
+    yield result
+    result.close()
 
 
 @pytest.fixture(scope="module")
 def client(site: Site) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
+    with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0) as produced:
+        yield produced
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(DEMO) as made:
-        yield made
+    with LLM(DEMO) as engine:
+        yield engine
 
 
 @pytest.fixture(autouse=True)
@@ -114,22 +114,22 @@ def test_names_stand_for_the_newest_version_and_text_models_for_their_token_mode
 def test_greedy_completions_are_the_engines(client: openai.OpenAI, llm: LLM) -> None:
     prompts = [PROMPT, "Ben", "The garden"]
     right = [output.outputs[0] for output in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20))]
-    made = client.completions.create(model="story", prompt=prompts, max_tokens=20, temperature=0)
-    assert [choice.text for choice in made.choices] == [one.text for one in right]
-    assert [choice.finish_reason for choice in made.choices] == [one.finish_reason for one in right]
-    assert [choice.index for choice in made.choices] == [0, 1, 2]
-    assert made.usage is not None
+    created = client.completions.create(model="story", prompt=prompts, max_tokens=20, temperature=0)
+    assert [choice.text for choice in created.choices] == [item.text for item in right]
+    assert [choice.finish_reason for choice in created.choices] == [item.finish_reason for item in right]
+    assert [choice.index for choice in created.choices] == [0, 1, 2]
+    assert created.usage is not None
     prompt_tokens = sum(len(llm.tokenizer.encode(prompt)) for prompt in prompts)
-    completion_tokens = sum(len(one.token_ids) for one in right)
-    assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (prompt_tokens, completion_tokens)
-    assert made.usage.total_tokens == prompt_tokens + completion_tokens
-    assert (made.object, made.model) == ("text_completion", "story")
+    completion_tokens = sum(len(item.token_ids) for item in right)
+    assert (created.usage.prompt_tokens, created.usage.completion_tokens) == (prompt_tokens, completion_tokens)
+    assert created.usage.total_tokens == prompt_tokens + completion_tokens
+    assert (created.object, created.model) == ("text_completion", "story")
 
 
 def test_without_max_tokens_there_are_16(client: openai.OpenAI) -> None:
-    made = client.completions.create(model="story", prompt=PROMPT, extra_body={"ignore_eos": True})
-    assert made.usage is not None
-    assert made.usage.completion_tokens == 16
+    created = client.completions.create(model="story", prompt=PROMPT, extra_body={"ignore_eos": True})
+    assert created.usage is not None
+    assert created.usage.completion_tokens == 16
 
 
 def test_token_ids_are_prompts_too(client: openai.OpenAI, llm: LLM) -> None:
@@ -236,11 +236,15 @@ def test_log_probabilities_are_the_engines(client: openai.OpenAI, llm: LLM, stre
 
 def test_a_prompt_alone_can_be_echoed_with_its_log_probabilities(client: openai.OpenAI, llm: LLM) -> None:
     ids = llm.tokenizer.encode(PROMPT)
-    made = client.completions.create(model="story", prompt=ids, max_tokens=0, echo=True, logprobs=0)
-    (choice,) = made.choices
+    created = client.completions.create(model="story", prompt=ids, max_tokens=0, echo=True, logprobs=0)
+    (choice,) = created.choices
     assert (choice.text, choice.finish_reason) == (PROMPT, "length")
-    assert made.usage is not None
-    assert (made.usage.prompt_tokens, made.usage.completion_tokens, made.usage.total_tokens) == (len(ids), 0, len(ids))
+    assert created.usage is not None
+    assert (created.usage.prompt_tokens, created.usage.completion_tokens, created.usage.total_tokens) == (
+        len(ids),
+        0,
+        len(ids),
+    )
     assert choice.logprobs is not None
     assert choice.logprobs.tokens is not None
     assert len(choice.logprobs.tokens) == len(ids)
@@ -253,7 +257,7 @@ def test_a_prompt_alone_can_be_echoed_with_its_log_probabilities(client: openai.
         stream_options={"include_usage": True},
     )
     assert "".join(piece.choices[0].text for piece in pieces) == PROMPT
-    assert last.usage == made.usage
+    assert last.usage == created.usage
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -288,39 +292,39 @@ def test_parameters_reach_the_engine(client: openai.OpenAI, llm: LLM) -> None:
         "bad_words": ["."],
     }
     both: dict[str, Any] = {"max_tokens": 30, "seed": 11, **given}
-    made = client.completions.create(model="story", prompt=PROMPT, **both, extra_body=extra | {"priority": 2})
+    created = client.completions.create(model="story", prompt=PROMPT, **both, extra_body=extra | {"priority": 2})
     right = llm.generate(PROMPT, SamplingParams(**both, **extra))
-    assert made.choices[0].text == right[0].outputs[0].text
+    assert created.choices[0].text == right[0].outputs[0].text
     plain = llm.generate(PROMPT, SamplingParams(max_tokens=30, seed=11))
-    assert made.choices[0].text != plain[0].outputs[0].text
+    assert created.choices[0].text != plain[0].outputs[0].text
 
 
 def test_a_bias_chooses_the_token(client: openai.OpenAI, llm: LLM) -> None:
     (token,) = llm.tokenizer.encode(" the", add_special_tokens=False)
     common: dict[str, Any] = {"model": "story", "prompt": PROMPT, "max_tokens": 3}
     assert client.completions.create(**common, logit_bias={str(token): 100}).choices[0].text == " the the the"
-    made = client.completions.create(**common, logit_bias={str(token): -100}, temperature=0)
-    assert " the" not in made.choices[0].text
+    created = client.completions.create(**common, logit_bias={str(token): -100}, temperature=0)
+    assert " the" not in created.choices[0].text
 
 
 @pytest.mark.parametrize("logprobs", [None, 1])
 def test_best_of_shows_the_most_probable(client: openai.OpenAI, llm: LLM, logprobs: int | None) -> None:
     drawn = llm.generate(PROMPT, SamplingParams(n=5, max_tokens=12, seed=3, logprobs=0))[0].outputs
-    means = {one.text: (one.cumulative_logprob or 0.0) / len(one.token_ids) for one in drawn}
+    means = {item.text: (item.cumulative_logprob or 0.0) / len(item.token_ids) for item in drawn}
     best = sorted(means, key=lambda text: -means[text])[:2]
     common: dict[str, Any] = {"model": "story", "prompt": [PROMPT, PROMPT], "max_tokens": 12, "seed": 3, "n": 2}
-    made = client.completions.create(**common, best_of=5, logprobs=logprobs)
-    assert [(choice.index, choice.text) for choice in made.choices] == list(enumerate(best * 2))
-    assert all((choice.logprobs is None) == (logprobs is None) for choice in made.choices)
-    assert made.usage is not None
-    assert made.usage.completion_tokens == 2 * sum(len(one.token_ids) for one in drawn)
+    created = client.completions.create(**common, best_of=5, logprobs=logprobs)
+    assert [(choice.index, choice.text) for choice in created.choices] == list(enumerate(best * 2))
+    assert all((choice.logprobs is None) == (logprobs is None) for choice in created.choices)
+    assert created.usage is not None
+    assert created.usage.completion_tokens == 2 * sum(len(item.token_ids) for item in drawn)
     with pytest.raises(openai.BadRequestError, match="cannot be streamed"):
         client.completions.create(**common, best_of=5, stream=True)
 
 
 def test_beam_search_gives_the_engines_beams(client: openai.OpenAI, llm: LLM) -> None:
     params = SamplingParams(beam_width=4, n=2, max_tokens=12, length_penalty=0.5)
-    right = [one.text for one in llm.generate(PROMPT, params)[0].outputs]
+    right = [item.text for item in llm.generate(PROMPT, params)[0].outputs]
     extra = {"use_beam_search": True, "length_penalty": 0.5, "best_of": 4}
     common: dict[str, Any] = {"model": "story", "prompt": PROMPT, "max_tokens": 12, "n": 2, "extra_body": extra}
     assert [choice.text for choice in client.completions.create(**common).choices] == right
@@ -336,23 +340,23 @@ def test_a_chat_is_its_template_completed(client: openai.OpenAI, llm: LLM) -> No
     ids = llm.tokenizer.encode(RENDERED, add_special_tokens=False)
     assert ids[0] == 1
     right = llm.generate([ids], SamplingParams(max_tokens=20, seed=2))[0].outputs[0]
-    made = client.chat.completions.create(model="story", messages=CHAT, max_completion_tokens=20, seed=2)
-    (choice,) = made.choices
+    created = client.chat.completions.create(model="story", messages=CHAT, max_completion_tokens=20, seed=2)
+    (choice,) = created.choices
     assert (choice.message.role, choice.message.content) == ("assistant", right.text)
     assert choice.finish_reason == right.finish_reason
-    assert made.usage is not None
-    assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (len(ids), len(right.token_ids))
-    assert made.object == "chat.completion"
+    assert created.usage is not None
+    assert (created.usage.prompt_tokens, created.usage.completion_tokens) == (len(ids), len(right.token_ids))
+    assert created.object == "chat.completion"
 
 
 def test_a_chat_goes_on_for_as_long_as_there_is_room(client: openai.OpenAI, llm: LLM) -> None:
     count = len(llm.tokenizer.encode(" Anna" * 100)) - len(llm.tokenizer.encode(" Anna" * 99))
     messages: Any = [{"role": "user", "content": " Anna" * (2020 // count)}]
-    made = client.chat.completions.create(model="story", messages=messages, extra_body={"ignore_eos": True})
-    assert made.usage is not None
-    assert made.usage.total_tokens == 2048
-    assert made.usage.completion_tokens > 0
-    assert made.choices[0].finish_reason == "length"
+    created = client.chat.completions.create(model="story", messages=messages, extra_body={"ignore_eos": True})
+    assert created.usage is not None
+    assert created.usage.total_tokens == 2048
+    assert created.usage.completion_tokens > 0
+    assert created.choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -397,15 +401,15 @@ SCHEMA = Person.model_json_schema()
 
 def test_a_chat_can_be_parsed_into_a_model(client: openai.OpenAI) -> None:
     for seed in range(3):
-        made = client.chat.completions.parse(
+        parsed = client.chat.completions.parse(
             model="story",
             messages=CHAT,
             response_format=Person,
             max_tokens=60,
             seed=seed,
         )
-        assert made.choices[0].finish_reason == "stop"
-        assert isinstance(made.choices[0].message.parsed, Person)
+        assert parsed.choices[0].finish_reason == "stop"
+        assert isinstance(parsed.choices[0].message.parsed, Person)
 
 
 FORMATS: list[tuple[dict[str, Any], Callable[[str], Any]]] = [
@@ -431,14 +435,14 @@ FORMATS: list[tuple[dict[str, Any], Callable[[str], Any]]] = [
 def test_output_keeps_to_what_constrains_it(
     client: openai.OpenAI, fields: dict[str, Any], check: Callable[[str], Any]
 ) -> None:
-    made = client.completions.create(model="story", prompt=PROMPT, max_tokens=60, n=3, seed=1, extra_body=fields)
-    assert [choice.finish_reason for choice in made.choices] == ["stop"] * 3
-    for choice in made.choices:
+    created = client.completions.create(model="story", prompt=PROMPT, max_tokens=60, n=3, seed=1, extra_body=fields)
+    assert [choice.finish_reason for choice in created.choices] == ["stop"] * 3
+    for choice in created.choices:
         check(choice.text)
     stream = client.completions.create(
         model="story", prompt=PROMPT, max_tokens=60, seed=1, extra_body=fields, stream=True
     )
-    assert "".join(piece.choices[0].text for piece in stream) == made.choices[0].text
+    assert "".join(piece.choices[0].text for piece in stream) == created.choices[0].text
 
 
 def test_a_grammar_that_grows_too_large_is_the_clients_fault(client: openai.OpenAI) -> None:
@@ -451,9 +455,9 @@ def test_a_grammar_that_grows_too_large_is_the_clients_fault(client: openai.Open
     "fields", [{"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}]
 )
 def test_any_object_will_do(client: openai.OpenAI, fields: dict[str, Any]) -> None:
-    made = client.completions.create(model="story", prompt=PROMPT, max_tokens=40, n=8, seed=1, extra_body=fields)
-    assert all(choice.text.lstrip().startswith("{") for choice in made.choices)
-    ended = [choice for choice in made.choices if choice.finish_reason == "stop"]
+    created = client.completions.create(model="story", prompt=PROMPT, max_tokens=40, n=8, seed=1, extra_body=fields)
+    assert all(choice.text.lstrip().startswith("{") for choice in created.choices)
+    ended = [choice for choice in created.choices if choice.finish_reason == "stop"]
     assert ended
     assert all(isinstance(json.loads(choice.text), dict) for choice in ended)
 
@@ -545,8 +549,8 @@ def test_what_is_wrong_with_a_chat_is_named(client: openai.OpenAI, name: str) ->
 
 def test_fields_without_effect_and_nulls_are_accepted(client: openai.OpenAI) -> None:
     nothing = dict.fromkeys(("n", "stop", "seed", "logprobs", "temperature", "guided_json", "response_format"))
-    made = client.completions.create(model="story", prompt="a", max_tokens=1, user="me", extra_body=nothing)
-    assert len(made.choices) == 1
+    created = client.completions.create(model="story", prompt="a", max_tokens=1, user="me", extra_body=nothing)
+    assert len(created.choices) == 1
     extra = {
         "tools": [{"type": "function", "function": {"name": "f"}}],
         "tool_choice": "none",

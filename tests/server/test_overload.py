@@ -38,8 +38,8 @@ class Busy:
     def metric(self, name: str, **labels: str) -> float:
         """A sample of the token model; 0 where there is none."""
         text = httpx.get(f"{self.http}/metrics").text
-        samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
-        found = [one.value for one in samples if one.name == name and labels.items() <= one.labels.items()]
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        found = [sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items()]
         return found[0] if found else 0.0
 
     def occupy(self) -> None:
@@ -60,11 +60,11 @@ class Busy:
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Busy]:
     log = tmp_path_factory.mktemp("overload") / "log"
-    with serve_process(log, str(DEMO), "--text-name", TEXT, "--max-num-seqs", "1") as places:
-        made = Busy(places)
-        yield made
-        made.leave()
-        made.openai.close()
+    with serve_process(log, str(DEMO), "--text-name", TEXT, "--max-num-seqs", "1") as indices:
+        result = Busy(indices)
+        yield result
+        result.leave()
+        result.openai.close()
 
 
 @pytest.fixture
@@ -74,12 +74,12 @@ def occupied(busy: Busy) -> Busy:
 
 
 def token_inputs(client: Any) -> list[Any]:
-    made = []
+    result = []
     for name, values in (("input_ids", [[5, 6]]), ("input_lengths", [[2]]), ("request_output_len", [[2]])):
         tensor = client.InferInput(name, [1, len(values[0])], "UINT32")
         tensor.set_data_from_numpy(np.array(values, np.uint32))
-        made.append(tensor)
-    return made
+        result.append(tensor)
+    return result
 
 
 def text_request() -> Any:

@@ -47,9 +47,9 @@ OpenPage = Callable[..., "Page"]
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     lost = models(DEMO, "missing", "lost")[1:]
     folder = with_template(tmp_path_factory.mktemp("page"))
-    made = Site([*models(folder, "fastertransformer", "story"), *lost], ApiKeys([KEY]))
-    yield made
-    made.close()
+    result = Site([*models(folder, "fastertransformer", "story"), *lost], ApiKeys([KEY]))
+    yield result
+    result.close()
 
 
 def idle(site: Site) -> bool:
@@ -64,9 +64,9 @@ def browser() -> Iterator[Browser]:
 
     with (
         sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS)) as made,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS)) as result,
     ):
-        yield made
+        yield result
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def test_server_metadata(sides: Sides) -> None:
     assert ours.body["extensions"] == theirs.body["extensions"]
     assert list(ours.body) == list(theirs.body)
     names = [side.call("ServerMetadata", pb.ServerMetadataRequest()).body for side in (sides.triton, sides.serve)]
-    assert [one["name"] for one in names] == ["triton", "hasten"]
+    assert [item["name"] for item in names] == ["triton", "hasten"]
     assert names[0]["extensions"] == names[1]["extensions"]
 
 
@@ -196,9 +196,9 @@ def test_models_metadata_and_configurations(sides: Sides, model: str) -> None:
     assert configs[1] == configs[0]
     assert list(configs[1]) == list(configs[0])
     for call, kind in (("ModelMetadata", pb.ModelMetadataRequest), ("ModelConfig", pb.ModelConfigRequest)):
-        one, other = (side.call(call, kind(name=model)) for side in (sides.triton, sides.serve))
-        assert one.status == other.status == "OK"
-        assert one.body.keys() == other.body.keys()
+        first, other = (side.call(call, kind(name=model)) for side in (sides.triton, sides.serve))
+        assert first.status == other.status == "OK"
+        assert first.body.keys() == other.body.keys()
 
 
 PLACES = ("", "/ready", "/config", "/stats", "/trace/setting", "/nope")
@@ -245,11 +245,11 @@ INPUTS = {"input_ids": [[5, 6, 7]], "input_lengths": [[3]], "request_output_len"
 
 
 def tensors(**values: list[list[int]]) -> dict[str, Any]:
-    made = []
+    output = []
     for name, rows in values.items():
-        data = [one for row in rows for one in row]
-        made.append({"name": name, "datatype": "UINT32", "shape": [len(rows), len(rows[0])], "data": data})
-    return {"inputs": made}
+        data = [item for row in rows for item in row]
+        output.append({"name": name, "datatype": "UINT32", "shape": [len(rows), len(rows[0])], "data": data})
+    return {"inputs": output}
 
 
 @pytest.mark.parametrize(
@@ -268,20 +268,20 @@ def test_requests_that_do_not_fit_the_token_model(sides: Sides, body: dict[str, 
     answers = [replace(side.http(ask), headers=()) for side in (sides.triton, sides.serve)]
     # Triton looks at inputs, and names them, in the order of a hash table
     unnamed = r"Got input\(s\) \[.*?\]|input '\w+' batch size"
-    agree(*[replace(one, body=re.sub(unnamed, "", one.body)) for one in answers])
+    agree(*[replace(item, body=re.sub(unnamed, "", item.body)) for item in answers])
 
 
 def test_statistics_and_metrics(sides: Sides) -> None:
     both = (sides.triton, sides.serve)
     for side in both:
         assert side.http(Ask(f"{TOKENS}/infer", tensors(**INPUTS))).status == 200
-        told = side.http(Ask("/v2/models/demo-model/generate_stream", {"text_input": "a", "max_tokens": 2}))
-        assert told.status == 200
+        reported = side.http(Ask("/v2/models/demo-model/generate_stream", {"text_input": "a", "max_tokens": 2}))
+        assert reported.status == 200
     for model in ("fastertransformer", "demo-model", "ensemble"):
         # Triton counts a streamed request some time after its last response
         eventually(partial(counts_alike, both, model))
-        one, other = (side.call("ModelStatistics", pb.ModelStatisticsRequest(name=model)).body for side in both)
-        assert one["model_stats"][0].keys() == other["model_stats"][0].keys()
+        first, other = (side.call("ModelStatistics", pb.ModelStatisticsRequest(name=model)).body for side in both)
+        assert first["model_stats"][0].keys() == other["model_stats"][0].keys()
     theirs, ours = (families(side) for side in both)
     pinned = {name for name in theirs if name.startswith("nv_pinned_memory")}  # there is no such pool here
     for name in theirs.keys() - pinned:
@@ -308,7 +308,7 @@ def families(side: Side) -> dict[str, tuple[str, set[str]]]:
     return {
         family.name: (
             family.type,
-            {f"{one.name} {one.labels}" for one in family.samples if one.labels.get("model") not in ADDING},
+            {f"{sample.name} {sample.labels}" for sample in family.samples if sample.labels.get("model") not in ADDING},
         )
         for family in text_string_to_metric_families(answer.text)
     }
@@ -393,8 +393,8 @@ def test_what_cannot_be_loaded(sides: Sides, parameters: dict[str, Any], differe
 
 
 def memory(name: str, action: str, **body: Any) -> Ask:
-    place = f"/region/{name}" if name else ""
-    return Ask(f"/v2/systemsharedmemory{place}/{action}", body, method="GET" if action == "status" else "POST")
+    index = f"/region/{name}" if name else ""
+    return Ask(f"/v2/systemsharedmemory{index}/{action}", body, method="GET" if action == "status" else "POST")
 
 
 def test_system_shared_memory(sides: Sides) -> None:
@@ -432,9 +432,9 @@ def test_system_shared_memory(sides: Sides) -> None:
 
 def test_cuda_shared_memory(sides: Sides) -> None:
     both = (sides.triton, sides.serve)
-    for place, method in (("/status", "GET"), ("/region/r/status", "GET"), ("/unregister", "POST"),
+    for index, method in (("/status", "GET"), ("/region/r/status", "GET"), ("/unregister", "POST"),
                           ("/region/r/unregister", "POST"), ("/region/r/register", "GET")):  # fmt: skip
-        agree(*(side.http(Ask(f"/v2/cudasharedmemory{place}", method=method)) for side in both))
+        agree(*(side.http(Ask(f"/v2/cudasharedmemory{index}", method=method)) for side in both))
     for call in ("Status", "Unregister"):
         for name in ("", "r"):
             message = getattr(pb, f"CudaSharedMemory{call}Request")(name=name)
@@ -497,13 +497,13 @@ def added(module: Any, place: str, **options: Any) -> dict[str, Any]:
     """What a stock client makes of one inference."""
     with module.InferenceServerClient(place) as client:
         inputs = [module.InferInput(name, [2, 3], "FP32") for name in parity_http.PAIR]
-        for one in inputs:
-            one.set_data_from_numpy(np.arange(6, dtype=np.float32).reshape(2, 3))
+        for item in inputs:
+            item.set_data_from_numpy(np.arange(6, dtype=np.float32).reshape(2, 3))
         outputs = [module.InferRequestedOutput("OUTPUT0"), module.InferRequestedOutput("OUTPUT1", class_count=2)]
         result = client.infer("add", inputs, outputs=outputs, request_id="7", **options)
-        made = {name: result.as_numpy(name).tolist() for name in ("OUTPUT0", "OUTPUT1")}
+        output = {name: result.as_numpy(name).tolist() for name in ("OUTPUT0", "OUTPUT1")}
         response = result.get_response()
-        return made | {"id": response["id"] if isinstance(response, dict) else response.id}
+        return output | {"id": response["id"] if isinstance(response, dict) else response.id}
 
 
 @pytest.mark.parametrize("packed", [None, "gzip", "deflate"])

@@ -27,14 +27,14 @@ QUERY = "Where is the garden?"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp(name) for name in ("embedder", "ranker", "tagger")}
-    save_encoder(made["embedder"], "Bert", "ForMaskedLM", num_hidden_layers=2, matryoshka_dimensions=[16, 8])
+    result = {name: tmp_path_factory.mktemp(name) for name in ("embedder", "ranker", "tagger")}
+    save_encoder(result["embedder"], "Bert", "ForMaskedLM", num_hidden_layers=2, matryoshka_dimensions=[16, 8])
     pooling = ("Pooling", "1_Pooling", {"word_embedding_dimension": 48, "pooling_mode_mean_tokens": True})
     prompts = {"prompts": {"query": "the question: "}}
-    save_pooling(made["embedder"], [pooling, ("Normalize", "2_Normalize", {})], config_sentence_transformers=prompts)
-    save_encoder(made["ranker"], "Bert", "ForSequenceClassification", num_hidden_layers=2, num_labels=1)
-    save_encoder(made["tagger"], "DistilBert", "ForTokenClassification", n_layers=2, num_labels=3)
-    return made
+    save_pooling(result["embedder"], [pooling, ("Normalize", "2_Normalize", {})], config_sentence_transformers=prompts)
+    save_encoder(result["ranker"], "Bert", "ForSequenceClassification", num_hidden_layers=2, num_labels=1)
+    save_encoder(result["tagger"], "DistilBert", "ForTokenClassification", n_layers=2, num_labels=3)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -229,14 +229,14 @@ def test_words_for_masks(site: Site, folders: dict[str, Path]) -> None:
     answer = post(site, "/pooling", model="embedder", input=texts, task="fill_mask", top_k=3)
     for entry, text in zip(answer["data"], texts, strict=True):
         ids = tokenizer.encode(text)
-        rows = [place for place, token in enumerate(ids) if token == tokenizer.mask_token_id]
+        rows = [index for index, token in enumerate(ids) if token == tokenizer.mask_token_id]
         best = their_output(model, ids)[rows].softmax(-1).topk(3)
         assert [[word["token"] for word in words] for words in entry["data"]] == best.indices.tolist()
         assert close([[word["score"] for word in words] for words in entry["data"]], best.values)
     first = answer["data"][0]["data"][0][0]
     assert first["sequence"] == f"the {first['token_str']} of a garden"
-    asked = {"model": "embedder", "input": texts[0], "task": "fill_mask", "targets": ["letter", 5]}
-    (entry,) = post(site, "/pooling", **asked)["data"]
+    requested = {"model": "embedder", "input": texts[0], "task": "fill_mask", "targets": ["letter", 5]}
+    (entry,) = post(site, "/pooling", **requested)["data"]
     assert {word["token"] for word in entry["data"][0]} == {tokenizer.token_id("letter"), 5}
 
 

@@ -84,10 +84,10 @@ def test_tokens_to_hidden_states_and_vectors(
     )
     states, vectors = found.as_numpy("output_hidden_state"), found.as_numpy("output_embedding")
     assert states.shape == (len(TEXTS), longest, 48)
-    for place, expected in enumerate(hidden):
-        assert np.abs(states[place, : len(expected)] - expected.numpy()).max() < BOUND
-        assert not states[place, len(expected) :].any()
-        assert np.abs(vectors[place] - expected[0].numpy()).max() < BOUND
+    for index, expected in enumerate(hidden):
+        assert np.abs(states[index, : len(expected)] - expected.numpy()).max() < BOUND
+        assert not states[index, len(expected) :].any()
+        assert np.abs(vectors[index] - expected[0].numpy()).max() < BOUND
 
 
 @pytest.mark.parametrize("kind", ["grpc", "http"])
@@ -95,8 +95,8 @@ def test_texts_to_vectors(clients: Clients, kind: str, hidden: list[torch.Tensor
     expected = torch.stack([states[0] for states in hidden]).numpy()
     texts = [text.encode() for text in TEXTS]
     outputs = ["text_output", "embedding", "num_input_tokens"]
-    asked = {"text_input": ("BYTES", texts), "return_num_input_tokens": ("BOOL", [True])}
-    found = infer(clients, kind, "tiny", outputs, **asked)
+    requested = {"text_input": ("BYTES", texts), "return_num_input_tokens": ("BOOL", [True])}
+    found = infer(clients, kind, "tiny", outputs, **requested)
     assert np.abs(found.as_numpy("embedding") - expected).max() < BOUND
     lists = [json.loads(text) for text in found.as_numpy("text_output")]
     assert np.abs(np.array(lists) - expected).max() < BOUND
@@ -144,7 +144,7 @@ def test_what_is_said_of_it(clients: Clients, addresses: dict[str, str]) -> None
     assert client.is_model_ready("fastertransformer")
     assert client.is_model_ready("tiny")
     metadata = client.get_model_metadata("fastertransformer")
-    assert [(one["name"], one["datatype"], one["shape"]) for one in metadata["outputs"]] == [
+    assert [(each["name"], each["datatype"], each["shape"]) for each in metadata["outputs"]] == [
         ("output_hidden_state", "FP32", [-1, -1, -1]),
         ("output_embedding", "FP32", [-1, -1]),
     ]

@@ -199,8 +199,8 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def client(thinker: Site) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{thinker.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
+    with openai.OpenAI(base_url=f"{thinker.url}/v1", api_key="none", max_retries=0) as result:
+        yield result
 
 
 COMMON: dict[str, Any] = {"model": "story", "messages": CHAT, "seed": 1, "max_tokens": 150, "logit_bias": CLOSES}
@@ -260,23 +260,23 @@ def test_a_response_counts_the_tokens_of_its_reasoning(client: openai.OpenAI) ->
 
 
 def test_an_answer_that_was_cut_while_it_reasons_has_no_content(client: openai.OpenAI) -> None:
-    made = chat(client, max_tokens=4, logit_bias={str(THINK["</think>"]): -100}).choices[0]
-    assert (made.finish_reason, made.message.content) == ("length", None)
-    assert made.message.reasoning
+    result = chat(client, max_tokens=4, logit_bias={str(THINK["</think>"]): -100}).choices[0]
+    assert (result.finish_reason, result.message.content) == ("length", None)
+    assert result.message.reasoning
 
 
 def test_a_prompt_that_closes_the_reasoning_leaves_an_answer(client: openai.OpenAI) -> None:
     plain = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
-    made = chat(client, response_format=SUN, **plain).choices[0].message
-    assert not hasattr(made, "reasoning")
-    assert json.loads(made.content)["sun"] in (True, False)
+    result = chat(client, response_format=SUN, **plain).choices[0].message
+    assert not hasattr(result, "reasoning")
+    assert json.loads(result.content)["sun"] in (True, False)
 
 
 def test_calls_come_behind_the_reasoning(client: openai.OpenAI) -> None:
-    made = chat(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False).choices[0]
-    assert made.finish_reason == "tool_calls"
-    assert made.message.reasoning
-    (call,) = made.message.tool_calls
+    result = chat(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False).choices[0]
+    assert result.finish_reason == "tool_calls"
+    assert result.message.reasoning
+    (call,) = result.message.tool_calls
     arguments = json.loads(call.function.arguments)
     assert arguments == {} if call.function.name == "clock" else arguments["city"] in ("Paris", "Oslo")
 
@@ -295,9 +295,9 @@ def test_reasoning_is_history(client: openai.OpenAI, thinker: Site) -> None:
 
 def test_a_form_can_be_named_or_switched_off(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineClient, "reasoning_parser", "none")
-    made = chat(client, max_tokens=8).choices[0].message
-    assert made.content
-    assert not hasattr(made, "reasoning")
+    result = chat(client, max_tokens=8).choices[0].message
+    assert result.content
+    assert not hasattr(result, "reasoning")
 
 
 def test_an_effort_needs_a_template_that_knows_it(client: openai.OpenAI) -> None:
@@ -355,12 +355,12 @@ def test_channels_are_reasoning_calls_and_content(tmp_path: Any) -> None:
             bias = {str(CHANNELS["<|end|>"]): 13.0}
             common: Any = {"logit_bias": bias, "reasoning_effort": "low"}
             whole = chat(client, **common, response_format=SUN, logprobs=True)
-            made = whole.choices[0]
-            tokens = [entry.token for entry in made.logprobs.content]
+            result = whole.choices[0]
+            tokens = [entry.token for entry in result.logprobs.content]
             hidden = max(at for at, token in enumerate(tokens) if token == "<|start|>")
             assert whole.usage.completion_tokens_details.reasoning_tokens == hidden > 0
-            assert json.loads(made.message.content)["sun"] in (True, False)
-            assert made.finish_reason == "stop"
+            assert json.loads(result.message.content)["sun"] in (True, False)
+            assert result.finish_reason == "stop"
             called = chat(client, **common, tools=TOOLS, tool_choice="required").choices[0]
             assert called.finish_reason == "tool_calls"
             (call,) = called.message.tool_calls

@@ -84,7 +84,7 @@ def site(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def prompt(number: int, tokens: int = 40) -> list[int]:
-    return [5 + (7 * number + place * (number + 1)) % 900 for place in range(tokens)]
+    return [5 + (7 * number + position * (number + 1)) % 900 for position in range(tokens)]
 
 
 def taken(site: Site) -> list[int]:
@@ -113,11 +113,11 @@ def test_answers_are_those_of_one_engine(site: Site, demo_llm: LLM) -> None:
 
     before = taken(site)
     for progress, output in zip(site.run(ask()), demo_llm.generate(prompts, params), strict=True):
-        made = [delta.token_ids for delta in joined(progress).completions]
-        assert made == [completion.token_ids for completion in output.outputs]
+        result = [delta.token_ids for delta in joined(progress).completions]
+        assert result == [completion.token_ids for completion in output.outputs]
     assert all(after > earlier for after, earlier in zip(taken(site), before, strict=True)), "one had nothing to do"
-    asked = {"model": "story", "prompt": prompts[0], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-    texts = {site.http.post("/v1/completions", json=asked).json()["choices"][0]["text"] for _ in range(4)}
+    requested = {"model": "story", "prompt": prompts[0], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    texts = {site.http.post("/v1/completions", json=requested).json()["choices"][0]["text"] for _ in range(4)}
     assert len(texts) == 1
 
 

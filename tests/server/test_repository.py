@@ -130,13 +130,13 @@ def test_a_configuration_that_is_sent_replaces_the_file(tmp_path: Path) -> None:
 
 def test_files_that_are_sent(tmp_path: Path) -> None:
     repository = FolderRepository([tmp_path])
-    made = repository.override("fresh", "{}", {"file:2/config.ini": b"[gpt]", "file:2/deep/x.bin": b"12"})
-    assert made is not None
-    assert made.versions == (2,)
-    assert (made.folder / "2" / "config.ini").read_bytes() == b"[gpt]"
-    assert (made.folder / "2" / "deep" / "x.bin").read_bytes() == b"12"
-    folder = made.folder
-    del made
+    result = repository.override("fresh", "{}", {"file:2/config.ini": b"[gpt]", "file:2/deep/x.bin": b"12"})
+    assert result is not None
+    assert result.versions == (2,)
+    assert (result.folder / "2" / "config.ini").read_bytes() == b"[gpt]"
+    assert (result.folder / "2" / "deep" / "x.bin").read_bytes() == b"12"
+    folder = result.folder
+    del result
     assert not folder.exists()
     with pytest.raises(ConfigError, match="Load parameter 'config' must be specified for model file override"):
         repository.override("fresh", None, {"file:1/x": b""})

@@ -20,27 +20,27 @@ CALLS = {"tools": CALL_TOOLS, "tool_choice": "required", "parallel_tool_calls": 
 
 def test_a_response_is_the_chats_answer(tool_client: openai.OpenAI) -> None:
     common = COMMON | {"instructions": "Tell.", "max_output_tokens": 9, "extra_body": {"seed": 1}}
-    made = tool_client.responses.create(**common)
+    created = tool_client.responses.create(**common)
     messages: Any = [{"role": "system", "content": "Tell."}, {"role": "user", "content": COMMON["input"]}]
     right = tool_client.chat.completions.create(model="story", messages=messages, max_tokens=9, seed=1)
-    assert made.output_text == right.choices[0].message.content
-    assert made.usage is not None
+    assert created.output_text == right.choices[0].message.content
+    assert created.usage is not None
     assert right.usage is not None
-    assert (made.usage.input_tokens, made.usage.output_tokens) == (right.usage.prompt_tokens, 9)
-    assert made.usage.total_tokens == right.usage.total_tokens
-    assert (made.status, made.output[0].status) == ("incomplete", "incomplete")
-    assert made.incomplete_details is not None
-    assert made.incomplete_details.reason == "max_output_tokens"
-    assert (made.object, made.instructions, made.store, made.error) == ("response", "Tell.", False, None)
+    assert (created.usage.input_tokens, created.usage.output_tokens) == (right.usage.prompt_tokens, 9)
+    assert created.usage.total_tokens == right.usage.total_tokens
+    assert (created.status, created.output[0].status) == ("incomplete", "incomplete")
+    assert created.incomplete_details is not None
+    assert created.incomplete_details.reason == "max_output_tokens"
+    assert (created.object, created.instructions, created.store, created.error) == ("response", "Tell.", False, None)
 
 
 def test_calls_and_their_results_go_on(tool_client: openai.OpenAI) -> None:
-    made = tool_client.responses.create(**COMMON | CALLS, extra_body={"seed": 2})
-    (call,) = made.output
+    created = tool_client.responses.create(**COMMON | CALLS, extra_body={"seed": 2})
+    (call,) = created.output
     assert call.type == "function_call"
     assert call.name in ("weather", "clock")
     json.loads(call.arguments)
-    assert made.status == "completed"
+    assert created.status == "completed"
     history: Any = [
         {"role": "user", "content": [{"type": "input_text", "text": COMMON["input"]}]},
         call.model_dump(exclude_none=True),
@@ -91,20 +91,20 @@ def test_events_add_up_to_the_whole(tool_client: openai.OpenAI, fields: dict[str
 
 def test_a_response_has_the_log_probabilities_of_its_chat(tool_client: openai.OpenAI) -> None:
     common: Any = COMMON | {"max_output_tokens": 9, "top_logprobs": 2, "include": LOGPROBS, "extra_body": {"seed": 1}}
-    made = tool_client.responses.create(**common)
+    created = tool_client.responses.create(**common)
     messages: Any = [{"role": "user", "content": COMMON["input"]}]
     right = tool_client.chat.completions.create(
         model="story", messages=messages, max_tokens=9, seed=1, logprobs=True, top_logprobs=2
     )
     assert right.choices[0].logprobs is not None
     tokens = [token.model_dump() for token in right.choices[0].logprobs.content or ()]
-    item: Any = made.output[0]
+    item: Any = created.output[0]
     assert [token.model_dump() for token in item.content[0].logprobs] == tokens
     assert len(tokens) == 9
-    assert made.top_logprobs == 2
+    assert created.top_logprobs == 2
     events: list[Any] = list(tool_client.responses.create(**common, stream=True))
     streamed = [token for event in events if event.type == "response.output_text.delta" for token in event.logprobs]
-    assert [(token.token, token.logprob) for token in streamed] == [(one["token"], one["logprob"]) for one in tokens]
+    assert [(token.token, token.logprob) for token in streamed] == [(each["token"], each["logprob"]) for each in tokens]
     (done,) = [event for event in events if event.type == "response.output_text.done"]
     assert [len(token.top_logprobs) for token in done.logprobs] == [2] * 9
     assert events[-1].response.output[0].content == item.content
@@ -144,9 +144,9 @@ class Weather(pydantic.BaseModel):
 
 
 def test_a_response_can_be_parsed_into_a_model(tool_client: openai.OpenAI) -> None:
-    made = tool_client.responses.parse(**COMMON, text_format=Weather)
-    assert isinstance(made.output_parsed, Weather)
-    assert made.text is not None
+    parsed = tool_client.responses.parse(**COMMON, text_format=Weather)
+    assert isinstance(parsed.output_parsed, Weather)
+    assert parsed.text is not None
     with tool_client.responses.stream(**COMMON, text_format=Weather) as stream:
         for _ in stream:
             pass

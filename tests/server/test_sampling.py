@@ -111,8 +111,8 @@ def text_parameters(given: Mapping[str, Any]) -> SamplingParams:
 def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     """As Triton's protocol has them: without lists and objects."""
     plain = (bool, int, float, str)
-    one = {name: value[0] if name in ("stop", "bad_words") else value for name, value in given.items()}
-    return {name: value if isinstance(value, plain) else json.dumps(value) for name, value in one.items()}
+    first = {name: value[0] if name in ("stop", "bad_words") else value for name, value in given.items()}
+    return {name: value if isinstance(value, plain) else json.dumps(value) for name, value in first.items()}
 
 
 def _text(inputs: Mapping[str, tuple[str, Any]], parameters: Mapping[str, Any] | None = None) -> SamplingParams:

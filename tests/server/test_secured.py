@@ -32,18 +32,18 @@ def places(pki: Path) -> Iterator[dict[str, str]]:
 
 
 def context(pki: Path, *, shows_certificate: bool = True) -> ssl.SSLContext:
-    made = ssl.create_default_context(cafile=str(pki / "ca.pem"))
+    output = ssl.create_default_context(cafile=str(pki / "ca.pem"))
     if shows_certificate:
-        made.load_cert_chain(pki / "client.pem", pki / "client.key")
-    return made
+        output.load_cert_chain(pki / "client.pem", pki / "client.key")
+    return output
 
 
 def inputs(module: Any) -> list[Any]:
     values = {"input_ids": [[5, 6, 7]], "input_lengths": [[3]], "request_output_len": [[4]]}
-    made = [module.InferInput(name, [len(value), len(value[0])], "UINT32") for name, value in values.items()]
-    for one, value in zip(made, values.values(), strict=True):
-        one.set_data_from_numpy(np.array(value, np.uint32))
-    return made
+    output = [module.InferInput(name, [len(value), len(value[0])], "UINT32") for name, value in values.items()]
+    for each, value in zip(output, values.values(), strict=True):
+        each.set_data_from_numpy(np.array(value, np.uint32))
+    return output
 
 
 def test_grpc(places: dict[str, str], pki: Path) -> None:
@@ -60,8 +60,8 @@ def test_grpc(places: dict[str, str], pki: Path) -> None:
 
 
 def test_http(places: dict[str, str], pki: Path) -> None:
-    made = {"ssl": True, "ssl_context_factory": lambda: context(pki)}
-    with httpclient.InferenceServerClient(places["HTTPService"], **made) as client:
+    fields = {"ssl": True, "ssl_context_factory": lambda: context(pki)}
+    with httpclient.InferenceServerClient(places["HTTPService"], **fields) as client:
         result = client.infer("fastertransformer", inputs(httpclient), headers=dict(HEADERS))  # it adds its own
         assert result.as_numpy("output_ids").shape == (1, 1, 7)
         with pytest.raises(InferenceServerException, match="a valid API key is required") as refused:
@@ -75,9 +75,9 @@ def test_openai(places: dict[str, str], pki: Path) -> None:
     base = f"https://{places['HTTPService']}/v1"
     with openai.DefaultHttpxClient(verify=context(pki)) as session:
         client = openai.OpenAI(base_url=base, api_key=KEY, http_client=session, max_retries=0)
-        made = client.completions.create(model="demo-model", prompt=[5, 6, 7], max_tokens=4)
-        assert made.usage is not None
-        assert made.usage.completion_tokens == 4
+        created = client.completions.create(model="demo-model", prompt=[5, 6, 7], max_tokens=4)
+        assert created.usage is not None
+        assert created.usage.completion_tokens == 4
         with pytest.raises(openai.AuthenticationError, match="a valid API key is required") as refused:
             client.with_options(api_key="other").models.list()
         assert refused.value.code == "invalid_api_key"

@@ -133,9 +133,9 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tls(pki: Path, *, mutual: bool) -> TlsFiles:
-    made = TlsFiles.create(str(pki / "server.pem"), str(pki / "server.key"), str(pki / "ca.pem") if mutual else None)
-    assert made is not None
-    return made
+    created = TlsFiles.create(str(pki / "server.pem"), str(pki / "server.key"), str(pki / "ca.pem") if mutual else None)
+    assert created is not None
+    return created
 
 
 def http_get(site: Transports, pki: Path, client: str | None = None) -> int:

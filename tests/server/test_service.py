@@ -66,15 +66,15 @@ NEVER = 5000
     ],
 )
 def test_what_errors_are_to_a_client(error: HastenError, kind: ErrorKind, message: str) -> None:
-    made = service_error(error, "q7")
-    assert (made.kind, str(made)) == (kind, message)
+    result = service_error(error, "q7")
+    assert (result.kind, str(result)) == (kind, message)
 
 
 def test_the_server(demo: Running) -> None:
     service = demo.service
-    made = service.server_metadata()
-    assert (made.name, made.version) == ("hasten", __version__)
-    assert {"model_repository(unload_dependents)", "binary_tensor_data", "statistics"} <= set(made.extensions)
+    result = service.server_metadata()
+    assert (result.name, result.version) == ("hasten", __version__)
+    assert {"model_repository(unload_dependents)", "binary_tensor_data", "statistics"} <= set(result.extensions)
     assert service.is_live()
     assert service.is_ready()
     assert [(entry.name, entry.state) for entry in service.index(ready=True)] == [
@@ -86,12 +86,12 @@ def test_the_models(demo: Running) -> None:
     service = demo.service
     token = service.model_metadata("fastertransformer")
     assert (token.versions, token.platform) == (["1"], "fastertransformer")
-    shapes = {one.name: (one.datatype, tuple(one.shape)) for one in (*token.inputs, *token.outputs)}
+    shapes = {each.name: (each.datatype, tuple(each.shape)) for each in (*token.inputs, *token.outputs)}
     assert shapes["input_ids"] == ("UINT32", (-1, -1))
     assert shapes["input_lengths"] == ("UINT32", (-1, 1))
     assert shapes["output_ids"] == ("UINT32", (-1, -1, -1))
     text = service.model_metadata("demo")
-    assert {one.name: (one.datatype, tuple(one.shape)) for one in text.inputs}["text_input"] == ("BYTES", (1,))
+    assert {each.name: (each.datatype, tuple(each.shape)) for each in text.inputs}["text_input"] == ("BYTES", (1,))
     assert service.model_metadata("ensemble").platform == "ensemble"
     assert [service.is_decoupled(name) for name in ("fastertransformer", "ensemble", "demo")] == [False, False, True]
     assert service.model_config("demo").backend == "hasten"
@@ -221,11 +221,11 @@ def test_a_slow_reader_gets_it_all_and_holds_up_nobody(streaming: Running) -> No
         return [first, *[response async for response in responses]], others
 
     for _ in attempts("other requests that are answered before that of a slow reader has ended"):
-        made, others = streaming.run(slowly())
+        result, others = streaming.run(slowly())
         if others > 0:
             break
-    assert len(made) < 30
-    assert values(made[-1])["sequence_length"] == [[64]]
+    assert len(result) < 30
+    assert values(result[-1])["sequence_length"] == [[64]]
 
 
 def test_many_requests_at_once_give_what_each_gives_alone(demo: Running) -> None:

@@ -32,8 +32,8 @@ def test_a_line_looks_like_tritons(logger: logging.Logger) -> None:
     stream = written(logger, LogSettings())
     logger.info("Started HTTPService at %s", "0.0.0.0:8000")
     # I1123 09:09:53.563181 1763 http_server.cc:4713] "Started HTTPService at 0.0.0.0:18000"
-    place = r"\d+ test_settings\.py:\d+\]"
-    form = rf'I\d{{4}} \d\d:\d\d:\d\d\.\d{{6}} {place} "Started HTTPService at 0\.0\.0\.0:8000"\n'
+    index = r"\d+ test_settings\.py:\d+\]"
+    form = rf'I\d{{4}} \d\d:\d\d:\d\d\.\d{{6}} {index} "Started HTTPService at 0\.0\.0\.0:8000"\n'
     assert re.fullmatch(form, stream.getvalue())
 
 

@@ -201,11 +201,11 @@ def test_tritons_client_passes_tensors_in_shared_memory(transports: Transports, 
     import tritonclient.http as httpclient
 
     kit = grpcclient if protocol == "grpc" else httpclient
-    one, other = np.array([[1, 2.5]], np.float32), np.array([[10, 0.5]], np.float32)
+    first, other = np.array([[1, 2.5]], np.float32), np.array([[10, 0.5]], np.float32)
     handle = shm.create_shared_memory_region("data", f"/{NAME}_client", 64)
     client = kit.InferenceServerClient(getattr(transports, protocol))
     try:
-        shm.set_shared_memory_region(handle, [one, other])
+        shm.set_shared_memory_region(handle, [first, other])
         client.register_system_shared_memory("data", f"/{NAME}_client", 64)
         inputs = [kit.InferInput(name, [1, 2], "FP32") for name in ("INPUT0", "INPUT1")]
         for at, tensor in enumerate(inputs):
@@ -213,8 +213,8 @@ def test_tritons_client_passes_tensors_in_shared_memory(transports: Transports, 
         outputs = [kit.InferRequestedOutput(name) for name in ("OUTPUT0", "OUTPUT1")]
         outputs[0].set_shared_memory("data", 8, 32)
         result = client.infer("add", inputs, outputs=outputs)
-        assert result.as_numpy("OUTPUT1").tolist() == (one - other).tolist()
-        assert shm.get_contents_as_numpy(handle, np.float32, [1, 2], 32).tolist() == (one + other).tolist()
+        assert result.as_numpy("OUTPUT1").tolist() == (first - other).tolist()
+        assert shm.get_contents_as_numpy(handle, np.float32, [1, 2], 32).tolist() == (first + other).tolist()
         outputs[0].set_shared_memory("data", 4, 32)
         # the text of Triton 2.51.0
         small = r"shared memory size specified with the request for output 'OUTPUT0' \(4 bytes\) should be at least 8"

@@ -169,14 +169,14 @@ def test_the_largest_values_are_the_classes(
     values: list[float], datatype: str, classes: int, expected: list[bytes]
 ) -> None:
     tensor = Tensor("x", datatype, (len(values),), np.array(values, NUMPY[datatype]))
-    made = classify(tensor, classes, batched=False)
-    assert (made.datatype, made.shape, made.data.tolist()) == ("BYTES", (len(expected),), expected)
+    result = classify(tensor, classes, batched=False)
+    assert (result.datatype, result.shape, result.data.tolist()) == ("BYTES", (len(expected),), expected)
 
 
 def test_each_row_of_a_batch_has_its_own_classes() -> None:
     data = np.array([[11, 2.6], [-9, 2.4]], np.float32)
-    made = classify(Tensor("x", "FP32", (2, 2), data), 5, batched=True)
-    assert made.data.tolist() == [[b"11.000000:0", b"2.600000:1"], [b"2.400000:1", b"-9.000000:0"]]
+    result = classify(Tensor("x", "FP32", (2, 2), data), 5, batched=True)
+    assert result.data.tolist() == [[b"11.000000:0", b"2.600000:1"], [b"2.400000:1", b"-9.000000:0"]]
 
 
 def test_what_is_no_number_has_no_classes() -> None:

@@ -31,12 +31,12 @@ TYPES = {
 
 def asked(prompt: str | bytes = PROMPT, batch: bool = False, **inputs: Any) -> InferRequest:
     """A request; `sampling_parameters` may be given as a dictionary, and with `batch` inputs have a batch axis."""
-    made = []
+    result = []
     for name, value in {"text_input": prompt, **inputs}.items():
         given = json.dumps(value) if isinstance(value, dict) else value
         each = given if isinstance(given, list) else [given]
-        made.append(tensor(name, TYPES.get(name, "BOOL"), [each] if batch else each))
-    return InferRequest("demo", made)
+        result.append(tensor(name, TYPES.get(name, "BOOL"), [each] if batch else each))
+    return InferRequest("demo", result)
 
 
 GREEDY = {"temperature": 0, "max_tokens": 20}
@@ -52,8 +52,8 @@ def expected() -> dict[str, Any]:
 
 
 def test_vllms_names(demo: Running, expected: dict[str, Any]) -> None:
-    made = demo.infer(asked(sampling_parameters=GREEDY))
-    assert made == {"text_output": [PROMPT + expected["greedy"]]}
+    response = demo.infer(asked(sampling_parameters=GREEDY))
+    assert response == {"text_output": [PROMPT + expected["greedy"]]}
     assert demo.infer(asked(sampling_parameters=GREEDY, exclude_input_in_output=True)) == {
         "text_output": [expected["greedy"]]
     }
@@ -71,10 +71,10 @@ def test_streams_give_what_is_new(demo: Running, expected: dict[str, Any]) -> No
     names = ("return_finish_reason", "return_num_output_tokens", "return_num_input_tokens")
     extras: dict[str, Any] = dict.fromkeys(names, True)
     responses = demo.streamed(asked(stream=True, sampling_parameters=GREEDY, **extras))
-    assert "".join(made["text_output"][0] for made, _ in responses) == expected["greedy"]
-    assert [made["finish_reason"][0] for made, _ in responses] == ["None"] * (len(responses) - 1) + ["length"]
-    assert sum(made["num_output_tokens"][0] for made, _ in responses) == 20
-    assert all(made["num_input_tokens"] == [len(expected["prompt"])] for made, _ in responses)
+    assert "".join(result["text_output"][0] for result, _ in responses) == expected["greedy"]
+    assert [result["finish_reason"][0] for result, _ in responses] == ["None"] * (len(responses) - 1) + ["length"]
+    assert sum(result["num_output_tokens"][0] for result, _ in responses) == 20
+    assert all(result["num_input_tokens"] == [len(expected["prompt"])] for result, _ in responses)
     assert [final for _, final in responses] == [False] * (len(responses) - 1) + [True]
 
 
@@ -82,13 +82,13 @@ def test_several_completions_and_their_log_probabilities(demo: Running, expected
     given = {"n": 3, "temperature": 1.5, "seed": 7, "max_tokens": 12, "logprobs": 1}
     names = ("return_logprobs", "return_cumulative_logprob", "return_finish_reason")
     flags: dict[str, Any] = dict.fromkeys(names, True)
-    made = demo.infer(asked(sampling_parameters=given, exclude_input_in_output=True, **flags))
+    response = demo.infer(asked(sampling_parameters=given, exclude_input_in_output=True, **flags))
     drawn = expected["drawn"]
-    assert made["text_output"] == [completion.text for completion in drawn]
-    assert made["finish_reason"] == [str(completion.finish_reason) for completion in drawn]
+    assert response["text_output"] == [completion.text for completion in drawn]
+    assert response["finish_reason"] == [str(completion.finish_reason) for completion in drawn]
     sums = [completion.cumulative_logprob for completion in drawn]
-    np.testing.assert_allclose(made["cumulative_logprob"], sums, atol=1e-3)
-    for text, completion in zip(made["logprobs"], drawn, strict=True):
+    np.testing.assert_allclose(response["cumulative_logprob"], sums, atol=1e-3)
+    for text, completion in zip(response["logprobs"], drawn, strict=True):
         positions = json.loads(text)
         assert [int(next(iter(position))) for position in positions] == completion.token_ids
         for position, entries in zip(positions, completion.logprobs, strict=True):
@@ -97,24 +97,24 @@ def test_several_completions_and_their_log_probabilities(demo: Running, expected
                 assert position[str(token)]["decoded_token"] == entry.decoded_token
                 assert position[str(token)]["logprob"] == pytest.approx(entry.logprob, abs=1e-3)
     streamed = demo.stream(asked(sampling_parameters=given, stream=True))
-    texts = ["".join(made["text_output"][index] for made, _ in streamed) for index in range(3)]
+    texts = ["".join(response["text_output"][index] for response, _ in streamed) for index in range(3)]
     assert texts == [completion.text for completion in drawn]
 
 
 def test_log_probabilities_that_were_not_asked_for(demo: Running) -> None:
-    made = demo.infer(asked(sampling_parameters=GREEDY, return_logprobs=True, return_cumulative_logprob=True))
-    assert made["logprobs"] == ["null"]
-    assert made["cumulative_logprob"][0] < 0
+    response = demo.infer(asked(sampling_parameters=GREEDY, return_logprobs=True, return_cumulative_logprob=True))
+    assert response["logprobs"] == ["null"]
+    assert response["cumulative_logprob"][0] < 0
 
 
 @pytest.mark.parametrize("batch", [False, True])
 def test_tensorrt_llms_names(demo: Running, expected: dict[str, Any], batch: bool) -> None:
-    made = demo.infer(asked(batch=batch, max_tokens=20, pad_id=3, end_id=2, stop_words=[""], return_log_probs=True))
+    response = demo.infer(asked(batch=batch, max_tokens=20, pad_id=3, end_id=2, stop_words=[""], return_log_probs=True))
     shape = (1, 1) if batch else (1,)
-    assert np.shape(made["text_output"]) == np.shape(made["cum_log_probs"]) == shape
-    assert np.ravel(made["text_output"]).tolist() == [PROMPT + expected["greedy"]]
-    assert np.shape(made["output_log_probs"]) == (*shape, 20)
-    np.testing.assert_allclose(np.sum(made["output_log_probs"], -1), made["cum_log_probs"], atol=1e-3)
+    assert np.shape(response["text_output"]) == np.shape(response["cum_log_probs"]) == shape
+    assert np.ravel(response["text_output"]).tolist() == [PROMPT + expected["greedy"]]
+    assert np.shape(response["output_log_probs"]) == (*shape, 20)
+    np.testing.assert_allclose(np.sum(response["output_log_probs"], -1), response["cum_log_probs"], atol=1e-3)
 
 
 def test_tensorrt_llms_options(demo: Running, expected: dict[str, Any]) -> None:
@@ -227,8 +227,8 @@ def test_one_response_is_not_for_a_stream(demo: Running) -> None:
 
 
 def test_only_the_outputs_asked_for(demo: Running) -> None:
-    made = demo.infer(asked(sampling_parameters=GREEDY, return_finish_reason=True), ["finish_reason"])
-    assert made == {"finish_reason": ["length"]}
+    response = demo.infer(asked(sampling_parameters=GREEDY, return_finish_reason=True), ["finish_reason"])
+    assert response == {"finish_reason": ["length"]}
 
 
 VALUES = st.recursive(

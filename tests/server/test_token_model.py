@@ -37,9 +37,9 @@ def engine(running: Running) -> EngineClient:
 
 def alone(running: Running, prompt: list[int], length: int, **inputs: Any) -> list[int]:
     """Prompt and completion of a request with one item."""
-    made = running.infer(token_request([prompt], length, **inputs), TOKENS)
-    row: list[int] = made["output_ids"][0][0]
-    return row[: made["sequence_length"][0][0]]
+    response = running.infer(token_request([prompt], length, **inputs), TOKENS)
+    row: list[int] = response["output_ids"][0][0]
+    return row[: response["sequence_length"][0][0]]
 
 
 def without_padding(made: Outputs) -> list[list[int]]:
@@ -51,30 +51,30 @@ def test_the_tokens_are_those_of_the_offline_engine(demo: Running) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, logprobs=0)
     with LLM(DEMO, max_model_len=LONGEST) as llm:
         expected = llm.generate(PROMPTS, params)
-    made = demo.infer(token_request(PROMPTS, 12, is_return_log_probs=True))
-    assert set(made) == {*TOKENS, "response_input_lengths", "cum_log_probs", "output_log_probs"}
-    assert without_padding(made) == [
+    response = demo.infer(token_request(PROMPTS, 12, is_return_log_probs=True))
+    assert set(response) == {*TOKENS, "response_input_lengths", "cum_log_probs", "output_log_probs"}
+    assert without_padding(response) == [
         [*prompt, *output.outputs[0].token_ids] for prompt, output in zip(PROMPTS, expected, strict=True)
     ]
-    assert made["response_input_lengths"] == [[len(prompt)] for prompt in PROMPTS]
+    assert response["response_input_lengths"] == [[len(prompt)] for prompt in PROMPTS]
     np.testing.assert_allclose(
-        np.array(made["cum_log_probs"])[:, 0], [o.outputs[0].cumulative_logprob or 0 for o in expected], atol=1e-3
+        np.array(response["cum_log_probs"])[:, 0], [o.outputs[0].cumulative_logprob or 0 for o in expected], atol=1e-3
     )
-    for row, output in zip(made["output_log_probs"], expected, strict=True):
+    for row, output in zip(response["output_log_probs"], expected, strict=True):
         each = [entry[token].logprob for token, entry in zip(output.outputs[0].token_ids, output.outputs[0].logprobs or (), strict=True)]  # fmt: skip  # noqa: E501
         np.testing.assert_allclose(row[0], each, atol=1e-4)
 
 
 def test_ragged_batches_give_what_single_requests_give(demo: Running) -> None:
     lengths = [7, 1, 15, 4]
-    made = demo.infer(token_request(PROMPTS, lengths))
+    response = demo.infer(token_request(PROMPTS, lengths))
     single = [alone(demo, prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
-    assert without_padding(made) == single
+    assert without_padding(response) == single
     longest = max(map(len, single))
-    assert np.shape(made["output_ids"]) == (4, 1, longest)
-    for row, known in zip(made["output_ids"], single, strict=True):
+    assert np.shape(response["output_ids"]) == (4, 1, longest)
+    for row, known in zip(response["output_ids"], single, strict=True):
         assert row[0][len(known) :] == [END] * (longest - len(known))
-    assert "cum_log_probs" not in made
+    assert "cum_log_probs" not in response
 
 
 def test_each_item_has_its_own_parameters(demo: Running) -> None:
@@ -88,12 +88,14 @@ def test_each_item_has_its_own_parameters(demo: Running) -> None:
         "min_length": [[0], [8], [1], [12]],
         "end_id": [[2], [2], [304], [5000]],
     }
-    made = demo.infer(token_request(PROMPTS, [12, 9, 10, 12], **each))
-    for place, tokens in enumerate(without_padding(made)):
-        own: dict[str, Any] = {name: [values[place]] for name, values in each.items()}
-        assert tokens == alone(demo, PROMPTS[place], [12, 9, 10, 12][place], **own)
-    assert len(without_padding(made)[1]) == len(PROMPTS[1]) + 9
-    assert made["output_ids"][3][0][-1] != END or len(without_padding(made)[3]) == len(made["output_ids"][3][0])
+    response = demo.infer(token_request(PROMPTS, [12, 9, 10, 12], **each))
+    for index, tokens in enumerate(without_padding(response)):
+        own: dict[str, Any] = {name: [values[index]] for name, values in each.items()}
+        assert tokens == alone(demo, PROMPTS[index], [12, 9, 10, 12][index], **own)
+    assert len(without_padding(response)[1]) == len(PROMPTS[1]) + 9
+    assert response["output_ids"][3][0][-1] != END or len(without_padding(response)[3]) == len(
+        response["output_ids"][3][0]
+    )
 
 
 def test_a_seed_is_0_unless_given_and_always_gives_the_same(demo: Running) -> None:
@@ -116,8 +118,8 @@ def test_top_k_1_or_nothing_is_greedy_whatever_the_temperature(demo: Running) ->
 def test_stop_words_and_bad_words(demo: Running) -> None:
     free = alone(demo, PROMPTS[0], 12)[len(PROMPTS[0]) :]
     words = [[[free[4], free[5], 999], [2, 3, -1]], [[0, 0, 0], [-1, -1, -1]]]
-    made = demo.infer(token_request([PROMPTS[0]] * 2, 12, stop_words_list=words))
-    stopped, other = without_padding(made)
+    response = demo.infer(token_request([PROMPTS[0]] * 2, 12, stop_words_list=words))
+    stopped, other = without_padding(response)
     assert stopped == [*PROMPTS[0], *free[:6]]
     assert other == [*PROMPTS[0], *free]
     banned = alone(demo, PROMPTS[0], 12, bad_words_list=[[[free[2], free[4], free[5]], [1, 3, -1]]])
@@ -129,8 +131,8 @@ def test_what_fastertransformer_has_no_input_for_comes_in_the_parameters(demo: R
     def drawn(length: int = 6, **parameters: Any) -> list[list[int]]:
         request = token_request(PROMPTS[:2], length)
         request.parameters = parameters
-        made = without_padding(demo.infer(request, TOKENS))
-        return [row[len(prompt) :] for row, prompt in zip(made, PROMPTS, strict=False)]
+        result = without_padding(demo.infer(request, TOKENS))
+        return [row[len(prompt) :] for row, prompt in zip(result, PROMPTS, strict=False)]
 
     assert drawn(logit_bias='{"304": 100}') == drawn(allowed_token_ids="[304]") == [[304] * 6] * 2
     tokenizer = Tokenizer.from_folder(DEMO)
@@ -146,10 +148,10 @@ def test_what_fastertransformer_has_no_input_for_comes_in_the_parameters(demo: R
 
 def test_an_end_token(demo: Running) -> None:
     free = alone(demo, PROMPTS[0], 12)[len(PROMPTS[0]) :]
-    made = demo.infer(token_request([PROMPTS[0], PROMPTS[1]], 12, end_id=[[free[3]], [END]]))
-    assert without_padding(made)[0] == [*PROMPTS[0], *free[: free.index(free[3]) + 1]]
-    row = made["output_ids"][0][0]
-    assert set(row[made["sequence_length"][0][0] :]) <= {free[3]}
+    response = demo.infer(token_request([PROMPTS[0], PROMPTS[1]], 12, end_id=[[free[3]], [END]]))
+    assert without_padding(response)[0] == [*PROMPTS[0], *free[: free.index(free[3]) + 1]]
+    row = response["output_ids"][0][0]
+    assert set(row[response["sequence_length"][0][0] :]) <= {free[3]}
 
 
 def test_beams(demo: Running) -> None:
@@ -157,26 +159,26 @@ def test_beams(demo: Running) -> None:
     params = SamplingParams(beam_width=3, n=3, max_tokens=8, length_penalty=0)
     with LLM(DEMO, max_model_len=LONGEST) as llm:
         expected = llm.generate(PROMPTS[:2], params)
-    made = demo.infer(token_request(PROMPTS[:2], 8, runtime_top_k=1, runtime_top_p=0.0, temperature=1.0, **options))
-    assert np.shape(made["output_ids"])[:2] == (2, 3)
-    assert np.shape(made["sequence_length"]) == np.shape(made["cum_log_probs"]) == (2, 3)
-    assert made["response_input_lengths"] == [[4] * 3, [1] * 3]
+    response = demo.infer(token_request(PROMPTS[:2], 8, runtime_top_k=1, runtime_top_p=0.0, temperature=1.0, **options))
+    assert np.shape(response["output_ids"])[:2] == (2, 3)
+    assert np.shape(response["sequence_length"]) == np.shape(response["cum_log_probs"]) == (2, 3)
+    assert response["response_input_lengths"] == [[4] * 3, [1] * 3]
     for item, output in enumerate(expected):
         for beam, completion in enumerate(output.outputs):
-            end = made["sequence_length"][item][beam]
-            assert made["output_ids"][item][beam][:end] == [*PROMPTS[item], *completion.token_ids]
-            assert set(made["output_ids"][item][beam][end:]) <= {END}
-            assert made["cum_log_probs"][item][beam] == pytest.approx(completion.cumulative_logprob, abs=1e-3)
-            each = made["output_log_probs"][item][beam]
-            assert sum(each) == pytest.approx(made["cum_log_probs"][item][beam], abs=2e-3)
+            end = response["sequence_length"][item][beam]
+            assert response["output_ids"][item][beam][:end] == [*PROMPTS[item], *completion.token_ids]
+            assert set(response["output_ids"][item][beam][end:]) <= {END}
+            assert response["cum_log_probs"][item][beam] == pytest.approx(completion.cumulative_logprob, abs=1e-3)
+            each = response["output_log_probs"][item][beam]
+            assert sum(each) == pytest.approx(response["cum_log_probs"][item][beam], abs=2e-3)
             assert each[len(completion.token_ids) :] == [0] * (len(each) - len(completion.token_ids))
 
 
 def test_beams_of_a_sequence_as_long_as_can_be(demo: Running) -> None:
     prompt = [int(token) for token in np.random.default_rng(0).integers(5, 1000, LONGEST - 4)]
-    made = demo.infer(token_request([prompt], 50, beam_width=2, is_return_log_probs=True, end_id=5000))
-    assert made["sequence_length"] == [[LONGEST] * 2]
-    np.testing.assert_allclose(np.sum(made["output_log_probs"], axis=2), made["cum_log_probs"], atol=2e-3)
+    response = demo.infer(token_request([prompt], 50, beam_width=2, is_return_log_probs=True, end_id=5000))
+    assert response["sequence_length"] == [[LONGEST] * 2]
+    np.testing.assert_allclose(np.sum(response["output_log_probs"], axis=2), response["cum_log_probs"], atol=2e-3)
 
 
 def test_beams_options(demo: Running) -> None:
@@ -190,9 +192,9 @@ def test_beams_options(demo: Running) -> None:
 
 
 def test_no_tokens_begin_with_the_start_token(demo: Running) -> None:
-    made = demo.infer(token_request([[], PROMPTS[0]], 5))
-    assert without_padding(made)[0] == alone(demo, [1], 5)
-    assert made["response_input_lengths"] == [[1], [4]]
+    response = demo.infer(token_request([[], PROMPTS[0]], 5))
+    assert without_padding(response)[0] == alone(demo, [1], 5)
+    assert response["response_input_lengths"] == [[1], [4]]
     assert alone(demo, [], 5, start_id=304) == alone(demo, [304], 5)
 
 
@@ -301,13 +303,13 @@ def test_streams_grow(streaming: Running) -> None:
     responses = streaming.streamed(token_request(PROMPTS, lengths, is_return_log_probs=True))
     assert [final for _, final in responses] == [False] * (len(responses) - 1) + [True]
     last = responses[-1][0]
-    for made, _ in responses:
-        for place, prompt in enumerate(PROMPTS):
-            end = made["sequence_length"][place][0]
-            known = made["output_ids"][place][0][:end]
+    for result, _ in responses:
+        for index, prompt in enumerate(PROMPTS):
+            end = result["sequence_length"][index][0]
+            known = result["output_ids"][index][0][:end]
             assert len(prompt) <= end
-            assert known == last["output_ids"][place][0][:end]
-            assert len(made["output_log_probs"][place][0]) >= end - len(prompt)
+            assert known == last["output_ids"][index][0][:end]
+            assert len(result["output_log_probs"][index][0]) >= end - len(prompt)
     assert without_padding(last) == [
         streaming.stream(token_request([prompt], length))[-1][0]["output_ids"][0][0]
         for prompt, length in zip(PROMPTS, lengths, strict=True)
@@ -382,9 +384,9 @@ async def attempt(service: Service, request: InferRequest) -> InferResponse | Ba
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(malformed())
 def test_malformed_requests_are_the_clients_fault(demo: Running, request_: InferRequest) -> None:
-    for one in request_.inputs:
-        if one.name == "request_output_len" and one.data.dtype.kind == "u":
-            one.data[...] = np.minimum(one.data, 3)
+    for first in request_.inputs:
+        if first.name == "request_output_len" and first.data.dtype.kind == "u":
+            first.data[...] = np.minimum(first.data, 3)
     outcome = demo.run(attempt(demo.service, request_))
     if isinstance(outcome, BaseException):
         assert isinstance(outcome, ServiceError)

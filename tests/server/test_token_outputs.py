@@ -14,17 +14,17 @@ ALL = frozenset({"output_ids", "sequence_length", "response_input_lengths", "cum
 
 
 def asked(prompts: list[list[int]], beam_width: int = 1, log_probs: bool = False) -> TokenRequest:
-    items = [Item(prompt, SamplingParams(max_tokens=1), 100 + place) for place, prompt in enumerate(prompts)]
+    items = [Item(prompt, SamplingParams(max_tokens=1), 100 + position) for position, prompt in enumerate(prompts)]
     return TokenRequest(items, beam_width, log_probs)
 
 
 def delta(index: int, tokens: list[int], log_probs: list[float] | None = None) -> CompletionDelta:
-    made = CompletionDelta(index, tokens, "")
+    result = CompletionDelta(index, tokens, "")
     if log_probs is not None:
         pairs = zip(tokens, log_probs, strict=True)
-        made.logprobs = [{token: Logprob(logprob=value, rank=1, decoded_token=None)} for token, value in pairs]
-        made.cumulative_logprob = sum(log_probs)
-    return made
+        result.logprobs = [{token: Logprob(logprob=value, rank=1, decoded_token=None)} for token, value in pairs]
+        result.cumulative_logprob = sum(log_probs)
+    return result
 
 
 def lists(tensors: list[Tensor]) -> dict[str, object]:
@@ -53,18 +53,18 @@ def test_any_number_of_tokens_finds_room() -> None:
     rng = np.random.default_rng(0)
     output, known = BatchOutput(asked([[1], [2, 3]], log_probs=True)), [[1], [2, 3]]
     for _ in range(60):
-        place, count = int(rng.integers(2)), int(rng.integers(1, 9))
+        position, count = int(rng.integers(2)), int(rng.integers(1, 9))
         tokens = rng.integers(1000, size=count).tolist()
-        output.take(place, delta(0, tokens, [-0.5] * count))
-        known[place] += tokens
+        output.take(position, delta(0, tokens, [-0.5] * count))
+        known[position] += tokens
     found = output.snapshot().tensors(ALL)
     values = {tensor.name: tensor.data for tensor in found}
-    for place, tokens in enumerate(known):
-        generated = len(tokens) - place - 1
-        assert values["output_ids"][place, 0].tolist()[: len(tokens)] == tokens
-        assert set(values["output_ids"][place, 0, len(tokens) :].tolist()) <= {100 + place}
-        assert values["output_log_probs"][place, 0].tolist()[:generated] == [-0.5] * generated
-        assert not values["output_log_probs"][place, 0, generated:].any()
+    for position, tokens in enumerate(known):
+        generated = len(tokens) - position - 1
+        assert values["output_ids"][position, 0].tolist()[: len(tokens)] == tokens
+        assert set(values["output_ids"][position, 0, len(tokens) :].tolist()) <= {100 + position}
+        assert values["output_log_probs"][position, 0].tolist()[:generated] == [-0.5] * generated
+        assert not values["output_log_probs"][position, 0, generated:].any()
     assert [tensor.datatype for tensor in found] == ["UINT32", "UINT32", "INT32", "FP32", "FP32"]
     assert [tensor.data.dtype for tensor in found] == [np.uint32, np.uint32, np.int32, np.float32, np.float32]
 

@@ -26,12 +26,12 @@ RENDERED = "<s>user: Anna opened the door.\nassistant:"
 
 def engine(folder: Path) -> EngineClient:
     """One whose process is not started: its tokenizer is all that is asked."""
-    made = EngineClient(EngineConfig.create(str(folder)), QueueLimits(), "x", 60.0)
-    made.model.tokenizer = Tokenizer.from_folder(folder)
+    result = EngineClient(EngineConfig.create(str(folder)), QueueLimits(), "x", 60.0)
+    result.model.tokenizer = Tokenizer.from_folder(folder)
     sizes: Any = {"vocab_size": 1024, "max_model_len": 64, "num_blocks": 1, "block_size": 16, "max_num_seqs": 8}
     tokens: Any = {"eos_token_ids": (2,), "bos_token_id": 1, "pad_token_id": 3, "tokenizer_folder": str(folder)}
-    made.model.info = EngineInfo(**sizes, **tokens, ranks=1, dtype="fp32", device="cpu", model_type="bloom")
-    return made
+    result.model.info = EngineInfo(**sizes, **tokens, ranks=1, dtype="fp32", device="cpu", model_type="bloom")
+    return result
 
 
 class Models:
@@ -45,7 +45,7 @@ class Models:
         pass
 
     def engines(self) -> dict[tuple[str, str], EngineClient]:
-        return {(name, "1"): made for name, made in self._engines.items()}
+        return {(name, "1"): result for name, result in self._engines.items()}
 
     def tally(self, model: str, version: str, items: int, begun: int) -> Any:
         raise AssertionError("nothing is computed")

@@ -40,8 +40,8 @@ def check_call(call: Any) -> None:
 
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
 def test_a_call_that_must_come_has_arguments_by_its_schema(tool_client: openai.OpenAI, choice: Any) -> None:
-    made = tool_client.chat.completions.create(**COMMON, tool_choice=choice, n=2, seed=1, parallel_tool_calls=False)
-    for answer in made.choices:
+    created = tool_client.chat.completions.create(**COMMON, tool_choice=choice, n=2, seed=1, parallel_tool_calls=False)
+    for answer in created.choices:
         assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
         assert answer.message.tool_calls is not None
         (call,) = answer.message.tool_calls
@@ -51,8 +51,8 @@ def test_a_call_that_must_come_has_arguments_by_its_schema(tool_client: openai.O
 
 def test_several_calls_come_in_one_answer(tool_client: openai.OpenAI) -> None:
     bias = {str(token): -100 for token in (2,)}  # the end comes as late as the grammar lets it
-    made = tool_client.chat.completions.create(**COMMON, tool_choice="required", seed=0, logit_bias=bias)
-    (answer,) = made.choices
+    created = tool_client.chat.completions.create(**COMMON, tool_choice="required", seed=0, logit_bias=bias)
+    (answer,) = created.choices
     assert answer.message.tool_calls is not None
     assert len(answer.message.tool_calls) > 1
     for call in answer.message.tool_calls[:-1]:
@@ -100,11 +100,11 @@ def test_the_clients_own_reader_of_streams_sees_a_call(tool_client: openai.OpenA
 
 def test_a_model_that_may_call_answers_with_text(tool_client: openai.OpenAI) -> None:
     common = COMMON | {"seed": 2, "max_tokens": 12}
-    made = tool_client.chat.completions.create(**common).choices[0]
-    assert made.message.content
-    assert made.message.tool_calls is None
+    output = tool_client.chat.completions.create(**common).choices[0]
+    assert output.message.content
+    assert output.message.tool_calls is None
     stream = tool_client.chat.completions.create(**common, stream=True)
-    assert "".join(piece.choices[0].delta.content or "" for piece in stream) == made.message.content
+    assert "".join(piece.choices[0].delta.content or "" for piece in stream) == output.message.content
     strict = [WEATHER | {"function": WEATHER["function"] | {"strict": True}}, CLOCK]
     kept = tool_client.chat.completions.create(**common | {"tools": strict}).choices[0]
     assert kept.message.content
@@ -119,11 +119,11 @@ def test_a_call_goes_with_an_answer_that_keeps_to_a_schema(tool_client: openai.O
     tools = [WEATHER | {"function": WEATHER["function"] | {"strict": True}}]
     kinds = set()
     for seed in range(4):
-        made = tool_client.chat.completions.create(
+        created = tool_client.chat.completions.create(
             **COMMON | {"tools": tools, "seed": seed}, response_format=form, parallel_tool_calls=False
         )
-        message = made.choices[0].message
-        kinds.add(made.choices[0].finish_reason)
+        message = created.choices[0].message
+        kinds.add(created.choices[0].finish_reason)
         if message.tool_calls is None:
             assert json.loads(message.content).keys() == {"sun"}
         else:
@@ -135,7 +135,7 @@ def test_calls_and_their_results_are_history(tool_client: openai.OpenAI, tool_si
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo", "days": 1}'}}
     result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "snow"}]}
     messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
-    made = tool_client.chat.completions.create(**COMMON | {"messages": messages, "max_tokens": 4})
+    created = tool_client.chat.completions.create(**COMMON | {"messages": messages, "max_tokens": 4})
     objects = json.loads(
         json.dumps(messages).replace('"{\\"city\\": \\"Oslo\\", \\"days\\": 1}"', '{"city": "Oslo", "days": 1}')
     )
@@ -147,15 +147,15 @@ def test_calls_and_their_results_are_history(tool_client: openai.OpenAI, tool_si
     assert '"parameters": {"type": "object"' in text
     tokenizer = tool_site.engine("tokens").tokenizer
     assert tokenizer is not None
-    assert made.usage is not None
-    assert made.usage.prompt_tokens == len(tokenizer.encode(text, add_special_tokens=False))
+    assert created.usage is not None
+    assert created.usage.prompt_tokens == len(tokenizer.encode(text, add_special_tokens=False))
 
 
 def test_tools_that_may_not_be_called_are_not_shown(tool_client: openai.OpenAI) -> None:
     without = tool_client.chat.completions.create(model="story", messages=CHAT, max_tokens=4, seed=1)
-    made = tool_client.chat.completions.create(**COMMON | {"max_tokens": 4}, seed=1, tool_choice="none")
-    assert made.usage == without.usage
-    assert made.choices[0].message.content == without.choices[0].message.content
+    created = tool_client.chat.completions.create(**COMMON | {"max_tokens": 4}, seed=1, tool_choice="none")
+    assert created.usage == without.usage
+    assert created.choices[0].message.content == without.choices[0].message.content
 
 
 def function(**fields: Any) -> dict[str, Any]:

@@ -126,8 +126,8 @@ class Collector:
                     assert about["gen_ai.provider.name"] == "hasten"
                     names = ("gen_ai.operation.name", "gen_ai.request.model", "error.type")
                     operation, model, error = (about.get(name, "") for name in names)
-                    made = Point(point.count, point.sum, list(point.explicit_bounds))
-                    self.points[metric.name, operation, model, error] = made
+                    result = Point(point.count, point.sum, list(point.explicit_bounds))
+                    self.points[metric.name, operation, model, error] = result
 
     def of(self, trace: str) -> dict[str, Span]:
         """The spans of a trace by their names, once its call has ended."""
@@ -210,8 +210,15 @@ def test_a_completion_is_traced_below_the_clients_span(
     http: httpx.Client, collector: Collector, *, stream: bool
 ) -> None:
     trace, span, header = parent(17 + stream)
-    asked = {"model": "story", "prompt": PROMPT, "max_tokens": 6, "ignore_eos": True, "stream": stream, "top_p": 0.9}
-    answer = http.post("/v1/completions", json=asked, headers={"traceparent": header, "x-request-id": "me"})
+    requested = {
+        "model": "story",
+        "prompt": PROMPT,
+        "max_tokens": 6,
+        "ignore_eos": True,
+        "stream": stream,
+        "top_p": 0.9,
+    }
+    answer = http.post("/v1/completions", json=requested, headers={"traceparent": header, "x-request-id": "me"})
     assert answer.status_code == 200
     assert answer.headers["x-request-id"] == "me"
     spans = collector.of(trace)
@@ -231,8 +238,8 @@ def test_prompts_of_a_call_are_in_one_trace_without_a_clients_span_too(
     http: httpx.Client, collector: Collector
 ) -> None:
     before = {span.trace for span in collector.spans}
-    asked = {"model": "story", "prompt": [PROMPT, PROMPT, "Ben"], "max_tokens": 2}
-    assert http.post("/v1/completions", json=asked).status_code == 200
+    requested = {"model": "story", "prompt": [PROMPT, PROMPT, "Ben"], "max_tokens": 2}
+    assert http.post("/v1/completions", json=requested).status_code == 200
     eventually(lambda: any(span.kind == 2 and span.trace not in before for span in collector.spans))
     (root,) = [span for span in collector.spans if span.kind == 2 and span.trace not in before]
     assert root.parent == ""
@@ -270,10 +277,10 @@ def test_a_refused_request_has_its_status(http: httpx.Client, collector: Collect
 
 
 def test_a_client_that_leaves_ends_its_spans(server: Server, http: httpx.Client, collector: Collector) -> None:
-    asked = {"model": "story", "prompt": PROMPT, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    requested = {"model": "story", "prompt": PROMPT, "max_tokens": 1500, "ignore_eos": True, "stream": True}
     for number in attempts("a client that leaves before the end"):
         trace, _, header = parent(6100 + number)
-        with http.stream("POST", "/v1/completions", json=asked, headers={"traceparent": header}) as answer:
+        with http.stream("POST", "/v1/completions", json=requested, headers={"traceparent": header}) as answer:
             next(answer.iter_lines())
         spans = collector.of(trace)
         assert spans["POST /v1/completions"].attributes["http.response.status_code"] in (200, 499)
@@ -283,8 +290,8 @@ def test_a_client_that_leaves_ends_its_spans(server: Server, http: httpx.Client,
 
 def test_calls_of_tritons_protocol_are_traced(server: Server, http: httpx.Client, collector: Collector) -> None:
     trace, span, header = parent(71)
-    asked = {"text_input": PROMPT, "max_tokens": 1}
-    answer = http.post("/v2/models/story/generate_stream", json=asked, headers={"traceparent": header})
+    requested = {"text_input": PROMPT, "max_tokens": 1}
+    answer = http.post("/v2/models/story/generate_stream", json=requested, headers={"traceparent": header})
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-request-id"]
     spans = collector.of(trace)
@@ -294,12 +301,12 @@ def test_calls_of_tritons_protocol_are_traced(server: Server, http: httpx.Client
 
 
 def token_inputs() -> list[grpcclient.InferInput]:
-    made = []
+    produced = []
     for name, data in {"input_ids": [[9, 10, 304]], "input_lengths": [[3]], "request_output_len": [[4]]}.items():
         array = np.array(data, np.uint32)
-        made.append(grpcclient.InferInput(name, array.shape, "UINT32"))
-        made[-1].set_data_from_numpy(array)
-    return made
+        produced.append(grpcclient.InferInput(name, array.shape, "UINT32"))
+        produced[-1].set_data_from_numpy(array)
+    return produced
 
 
 def test_calls_over_grpc_are_traced_from_their_metadata(server: Server, collector: Collector) -> None:
@@ -330,8 +337,8 @@ NAMES = ("request.duration", "time_to_first_token", "time_per_output_token")
 
 
 def test_requests_are_counted_in_the_conventions_metrics(http: httpx.Client, collector: Collector) -> None:
-    asked = {"model": "story", "prompt": PROMPT, "max_tokens": 4, "ignore_eos": True}
-    assert http.post("/v1/completions", json=asked).status_code == 200
+    requested = {"model": "story", "prompt": PROMPT, "max_tokens": 4, "ignore_eos": True}
+    assert http.post("/v1/completions", json=requested).status_code == 200
     keys = [(f"gen_ai.server.{name}", "text_completion", "story", "") for name in NAMES]
     eventually(lambda: all(key in collector.points for key in keys))
     duration, first = collector.points[keys[0]], collector.points[keys[1]]
@@ -370,7 +377,9 @@ def test_a_request_is_one_line_of_the_log(http: httpx.Client, caplog: pytest.Log
     with caplog.at_level(logging.INFO, "hasten.server.access"):
         with openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", timeout=LIMIT_S) as client:
             given = {"x-request-id": "line-1", "traceparent": header}
-            made = client.completions.create(model="story", prompt=[PROMPT, "Ben"], max_tokens=3, extra_headers=given)
+            created = client.completions.create(
+                model="story", prompt=[PROMPT, "Ben"], max_tokens=3, extra_headers=given
+            )
         http.get("/health")
         eventually(lambda: bool(caplog.records))
     (record,) = caplog.records
@@ -378,9 +387,9 @@ def test_a_request_is_one_line_of_the_log(http: httpx.Client, caplog: pytest.Log
     assert fields["request_id"] == "line-1"
     assert fields["trace_id"] == trace
     assert (fields["call"], fields["status"]) == ("HTTP POST /v1/completions", "200")
-    assert made.usage is not None
-    assert (fields["model"], fields["prompt_tokens"]) == ("story", made.usage.prompt_tokens)
-    assert fields["completion_tokens"] == made.usage.completion_tokens
+    assert created.usage is not None
+    assert (fields["model"], fields["prompt_tokens"]) == ("story", created.usage.prompt_tokens)
+    assert fields["completion_tokens"] == created.usage.completion_tokens
     assert set(fields["finish_reason"].split(",")) <= {"stop", "length"}
     assert 0 <= fields["queue_ms"] <= fields["first_token_ms"] <= fields["duration_ms"]
     assert record.getMessage().startswith("HTTP POST /v1/completions 200 in ")

@@ -102,10 +102,10 @@ def client(triton: TritonServer) -> Iterator[InferenceServerClient]:
 
 
 def as_inputs(request: InferRequest) -> list[InferInput]:
-    made = [InferInput(tensor.name, list(tensor.shape), tensor.datatype) for tensor in request.inputs]
-    for one, tensor in zip(made, request.inputs, strict=True):
-        one.set_data_from_numpy(tensor.data)
-    return made
+    produced = [InferInput(tensor.name, list(tensor.shape), tensor.datatype) for tensor in request.inputs]
+    for item, tensor in zip(produced, request.inputs, strict=True):
+        item.set_data_from_numpy(tensor.data)
+    return produced
 
 
 def values(result: InferResult) -> Outputs:

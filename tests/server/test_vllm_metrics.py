@@ -234,16 +234,16 @@ def test_a_client_that_leaves_counts_as_an_abort(demo_engine: EngineClient, run:
 
 def ticket(counters: EngineCounters, *outputs: Output, arrived: float = 100.0, begun: float = 101.0) -> Ticket:
     """A request with a prompt of 7 tokens whose outputs came, the last one at 110.0."""
-    made = Ticket(1, tuple(range(7)), 1, bytearray(), max_tokens=9, arrived=arrived)
-    made.begin(begun)
+    result = Ticket(1, tuple(range(7)), 1, bytearray(), max_tokens=9, arrived=arrived)
+    result.begin(begun)
     for output in outputs:
-        is_first, tokens = not made.has_output, made.tokens
-        made.push(output)
+        is_first, tokens = not result.has_output, result.tokens
+        result.push(output)
         if is_first:
-            counters.begin(made)
-        counters.add(output, made.tokens - tokens)
-    counters.finish(made, 110.0)
-    return made
+            counters.begin(result)
+        counters.add(output, result.tokens - tokens)
+    counters.finish(result, 110.0)
+    return result
 
 
 def test_the_parts_of_a_request_add_up() -> None:

@@ -48,9 +48,9 @@ class Interpreter:
         program = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
         for version in versions:
             if command := shutil.which(f"python{version}"):
-                asked = subprocess.run([command, "-c", program], capture_output=True, text=True, check=False)
-                if asked.returncode == 0:
-                    return cls(version, asked.stdout.strip())
+                requested = subprocess.run([command, "-c", program], capture_output=True, text=True, check=False)
+                if requested.returncode == 0:
+                    return cls(version, requested.stdout.strip())
         pytest.skip(f"there is no Python {', '.join(versions)} here")
 
 
@@ -79,8 +79,8 @@ def find_wheel(cache: pytest.Cache) -> Path:
     """A folder with the wheel: 55 MB to load, 144 MB on disk; the server alone needs none of the packages that the
     wheel depends on. Skips the test where it cannot be had.
     """
-    if place := os.environ.get(PLACE):
-        return Path(place)
+    if index := os.environ.get(PLACE):
+        return Path(index)
     if sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip(f"there is no wheel {WHEEL} for this machine")
     return installed(cache, WHEEL, WHEEL)

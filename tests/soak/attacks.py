@@ -38,8 +38,8 @@ class GrpcAttack:
 
 
 def _column(name: str, datatype: str, data: list[Any], **parameters: Any) -> dict[str, Any]:
-    made = {"name": name, "datatype": datatype, "shape": [1, len(data)], "data": data}
-    return made | ({"parameters": parameters} if parameters else {})
+    fields = {"name": name, "datatype": datatype, "shape": [1, len(data)], "data": data}
+    return fields | ({"parameters": parameters} if parameters else {})
 
 
 def _infer_json() -> dict[str, Any]:
@@ -54,12 +54,12 @@ def _infer_json() -> dict[str, Any]:
 
 
 def _shared_json() -> dict[str, Any]:
-    made = _infer_json()
-    made["inputs"][0].pop("data")
-    made["inputs"][0]["parameters"] = {"shared_memory_region": REGION, "shared_memory_byte_size": 44}
+    result = _infer_json()
+    result["inputs"][0].pop("data")
+    result["inputs"][0]["parameters"] = {"shared_memory_region": REGION, "shared_memory_byte_size": 44}
     where = {"shared_memory_region": REGION, "shared_memory_byte_size": 512, "shared_memory_offset": 512}
-    made["outputs"][0]["parameters"] = where
-    return made
+    result["outputs"][0]["parameters"] = where
+    return result
 
 
 def _ensemble_json() -> dict[str, Any]:
@@ -239,8 +239,8 @@ def _with_odd_headers(rng: random.Random, path: str, raw: bytes, headers: dict[s
 def _typed_message() -> Any:
     message = pb.ModelInferRequest(model_name=TOKENS, id="t")
     for name, values in (("input_ids", _ASK.ids), ("input_lengths", [len(_ASK.ids)]), ("request_output_len", [3])):
-        made = message.inputs.add(name=name, datatype="UINT32", shape=[1, len(values)])
-        made.contents.uint_contents.extend(values)
+        result = message.inputs.add(name=name, datatype="UINT32", shape=[1, len(values)])
+        result.contents.uint_contents.extend(values)
     return message
 
 
@@ -248,10 +248,10 @@ def _shared_message() -> Any:
     message = token_message(_ASK)
     del message.raw_input_contents[0]
     parameters = (message.inputs[0].parameters, message.outputs[0].parameters)
-    for place, found in enumerate(parameters):
+    for index, found in enumerate(parameters):
         found["shared_memory_region"].string_param = REGION
-        found["shared_memory_byte_size"].int64_param = (44, 512)[place]
-        found["shared_memory_offset"].int64_param = 512 * place
+        found["shared_memory_byte_size"].int64_param = (44, 512)[index]
+        found["shared_memory_offset"].int64_param = 512 * index
     return message
 
 

@@ -71,14 +71,14 @@ async def _waiting(place: Place, count: int) -> float:
 
 
 async def _run(server: Server, report: Report, clients: int, seed: int, limit: float) -> None:
-    place = Place.of(server)
-    before = await answers(place, Ask("Anna looked", 12))
-    seconds = await _mid_stream(place, clients, random.Random(seed), report)
+    site = Place.of(server)
+    before = await answers(site, Ask("Anna looked", 12))
+    seconds = await _mid_stream(site, clients, random.Random(seed), report)
     report.at_most("s until all was free, left in mid-stream", seconds, limit)
-    report.at_most("s until all was free, left before the answer", await _waiting(place, clients), limit)
-    report.require(await answers(place, Ask("Anna looked", 12)) == before, "a proper request got another answer")
+    report.at_most("s until all was free, left before the answer", await _waiting(site, clients), limit)
+    report.require(await answers(site, Ask("Anna looked", 12)) == before, "a proper request got another answer")
     report.require("Traceback" not in server.log, f"the log has a traceback: {server.log[-3000:]}")
-    await place.channel.close()
+    await site.channel.close()
 
 
 def run(*, clients: int, seed: int = 0, limit: float = _LIMIT_S) -> Report:

@@ -58,21 +58,21 @@ async def _round(place: Place, each: int, report: Report, ends: Counter[str]) ->
 
 
 async def _run(server: Server, report: Report, rounds: int, each: int, limit: float) -> None:
-    place = Place.of(server)
-    before = await answers(place, Ask("Anna looked", 12))
+    site = Place.of(server)
+    before = await answers(site, Ask("Anna looked", 12))
     times: dict[str, list[float]] = {}
     ends: Counter[str] = Counter()
     for _ in range(rounds):
-        for name, values in (await _round(place, each, report, ends)).items():
+        for name, values in (await _round(site, each, report, ends)).items():
             times.setdefault(name, []).extend(values)
-        report.require(await answers(place, Ask("Anna looked", 12)) == before, "a request got another answer")
+        report.require(await answers(site, Ask("Anna looked", 12)) == before, "a request got another answer")
     report.figures["ends"] = dict(sorted(ends.items()))
     report.figures |= {f"ms until {name}": milliseconds(values) for name, values in times.items()}
     report.at_most("s until the last error", max(times["error"]), limit)
     report.at_most("s until not ready", max(times["not ready"]), limit)
     await server.idle_after()
     report.require("Traceback" not in server.log, f"the log has a traceback: {server.log[-3000:]}")
-    await place.channel.close()
+    await site.channel.close()
 
 
 def run(*, rounds: int, each: int, limit: float = _ERROR_S) -> Report:

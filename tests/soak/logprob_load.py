@@ -106,8 +106,8 @@ class _Load:
 
 
 async def _run(server: Server, report: Report, minutes: float, warm_up: float, seed: int, limit: float) -> None:
-    place = Place.of(server)
-    load = _Load(place, seed, report)
+    site = Place.of(server)
+    load = _Load(site, seed, report)
     await load.prepare()
     samples: list[dict[str, float]] = []
     async with sampled(server, _SAMPLE_S, samples):
@@ -115,7 +115,7 @@ async def _run(server: Server, report: Report, minutes: float, warm_up: float, s
         scorers = [load.score(until) for _ in range(_SCORERS)]
         await asyncio.gather(*scorers, *(load.stream(until) for _ in range(_STREAMS)))
     report.figures["s until all was free"] = round(await server.idle_after(), 3)
-    await place.channel.close()
+    await site.channel.close()
     report.figures["requests"] = dict(sorted(load.outcomes.items()))
     report.figures["tokens scored"] = load.scored
     report.figures["ms of a batch"] = milliseconds(load.seconds)

@@ -177,13 +177,13 @@ def _repository() -> Iterator[Path]:
 
 
 async def _run(server: Server, report: Report, count: int, seed: int) -> None:
-    place = Place.of(server)
-    before = await answers(place, Ask("Anna looked", 12))
+    site = Place.of(server)
+    before = await answers(site, Ask("Anna looked", 12))
     engines = server.engines
-    tallies = await _attack(place, count, seed)
+    tallies = await _attack(site, count, seed)
     report.figures["seconds until all blocks were free"] = round(await server.idle_after(), 3)
-    report.require(await answers(place, Ask("Anna looked", 12)) == before, "a proper request got another answer")
-    await place.channel.close()
+    report.require(await answers(site, Ask("Anna looked", 12)) == before, "a proper request got another answer")
+    await site.channel.close()
     for name, tally in tallies.items():
         report.figures[name] = {"requests": tally.codes.total(), **dict(sorted(tally.codes.items()))}
         report.figures[name]["slowest"] = {"ms": round(1000 * tally.slowest[0]), "request": tally.slowest[1]}

@@ -111,10 +111,10 @@ def growth(samples: Sequence[dict[str, float]], warm_up: float) -> dict[str, Any
 
 
 async def _run(server: Server, report: Report, minutes: float, warm_up: float, seed: int, limit: float) -> None:
-    place = Place.of(server)
+    site = Place.of(server)
     ask = Ask("Anna looked", 12)
-    before = await answers(place, ask)
-    clients = _Clients(place, seed, report)
+    before = await answers(site, ask)
+    clients = _Clients(site, seed, report)
     samples: list[dict[str, float]] = []
     async with sampled(server, _SAMPLE_S, samples):
         began = time.monotonic()
@@ -123,8 +123,8 @@ async def _run(server: Server, report: Report, minutes: float, warm_up: float, s
             *(clients.work(until) for _ in range(_CLIENTS)), *(clients.work(warm) for _ in range(_MORE_CLIENTS))
         )
     report.figures["s until all was free"] = round(await server.idle_after(), 3)
-    report.require(await answers(place, ask) == before, "a proper request got another answer")
-    await place.channel.close()
+    report.require(await answers(site, ask) == before, "a proper request got another answer")
+    await site.channel.close()
     report.figures["requests"] = clients.outcomes.total()
     report.figures["ends"] = dict(sorted(clients.outcomes.items()))
     report.figures["ms of an answer"] = milliseconds(clients.seconds)

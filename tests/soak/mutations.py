@@ -96,18 +96,18 @@ def json_bytes(rng: random.Random, value: Any) -> bytes:
 
 def mutated_bytes(rng: random.Random, raw: bytes) -> bytes:
     """Cut off, overwritten, doubled, or with other bytes in between."""
-    place = rng.randrange(len(raw) + 1)
+    index = rng.randrange(len(raw) + 1)
     change = rng.randrange(6)
     if change == 0:
-        return raw[:place]
+        return raw[:index]
     if change == 1:
-        return raw[:place] + rng.randbytes(rng.randrange(1, 20)) + raw[place:]
+        return raw[:index] + rng.randbytes(rng.randrange(1, 20)) + raw[index:]
     if change == 2:
-        return raw[:place] + rng.choice([b"\xff", b"\x00", b"\xc3\x28", b"\xed\xa0\x80", b"}", b'"']) + raw[place + 1 :]
+        return raw[:index] + rng.choice([b"\xff", b"\x00", b"\xc3\x28", b"\xed\xa0\x80", b"}", b'"']) + raw[index + 1 :]
     if change == 3:
-        return raw + raw[place:]
+        return raw + raw[index:]
     if change == 4:
-        return raw[place:]
+        return raw[index:]
     return rng.randbytes(rng.randrange(200))
 
 
@@ -152,8 +152,8 @@ def _mutate_list(rng: random.Random, found: Any, field: Any) -> None:
             found.add().CopyFrom(rng.choice(list(found)) if found else field.message_type._concrete_class())
         _mutate_field(rng, rng.choice(list(found)))
     elif found and rng.random() < 0.7:
-        place = rng.randrange(len(found))
-        found[place] = _scalar(rng, field, found[place])
+        index = rng.randrange(len(found))
+        found[index] = _scalar(rng, field, found[index])
     else:
         found.append(_scalar(rng, field, None))
 

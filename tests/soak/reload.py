@@ -106,9 +106,9 @@ async def _one_engine(server: Server) -> float:
 
 
 async def _run(server: Server, report: Report, rounds: int, pause: float, seed: int) -> None:
-    place = Place.of(server)
-    expected = {number: await answers(place, ask) for number, ask in enumerate(_ASKS)}
-    clients = _Clients(place, expected, report)
+    site = Place.of(server)
+    expected = {number: await answers(site, ask) for number, ask in enumerate(_ASKS)}
+    clients = _Clients(site, expected, report)
     tasks = [asyncio.create_task(clients.work(random.Random(f"{seed} {number}"))) for number in range(_CLIENTS)]
     seconds: dict[str, list[float]] = {}
     for name, change, model in itertools.islice(itertools.cycle(_CHANGES), rounds * len(_CHANGES)):
@@ -120,7 +120,7 @@ async def _run(server: Server, report: Report, rounds: int, pause: float, seed: 
     await asyncio.gather(*tasks)
     report.figures["s until one engine was left"] = round(await _one_engine(server), 2)
     report.figures["s until all was free"] = round(await server.idle_after(), 3)
-    await place.channel.close()
+    await site.channel.close()
     report.figures["ends"] = dict(sorted(clients.ends.items()))
     report.figures |= {f"ms to {name}": milliseconds(values) for name, values in seconds.items()}
     report.require(any("answered" in end for end in clients.ends), "nothing was answered")

@@ -51,5 +51,5 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     """Median, 99th percentile and maximum."""
-    made = {"p50": statistics.median(seconds), "p99": quantile(seconds, 0.99), "max": max(seconds)}
-    return {name: round(1000 * value, 1) for name, value in made.items()}
+    fields = {"p50": statistics.median(seconds), "p99": quantile(seconds, 0.99), "max": max(seconds)}
+    return {name: round(1000 * value, 1) for name, value in fields.items()}

@@ -167,17 +167,17 @@ def _judge(report: Report, slow: _Waves, fast: _Waves, options: argparse.Namespa
 
 
 async def _run(server: Server, report: Report, options: argparse.Namespace) -> None:
-    place = Place.of(server)
-    before = await answers(place, Ask("Anna looked", 12))
+    site = Place.of(server)
+    before = await answers(site, Ask("Anna looked", 12))
     slow, fast = _Waves(), _Waves()
     for _ in range(options.waves):
-        await _wave(place, options, fast, slow=False)
-        await _wave(place, options, slow, slow=True)
+        await _wave(site, options, fast, slow=False)
+        await _wave(site, options, slow, slow=True)
     _judge(report, slow, fast, options)
-    await _flood(place, report)
-    report.require(await answers(place, Ask("Anna looked", 12)) == before, "a proper request got another answer")
+    await _flood(site, report)
+    report.require(await answers(site, Ask("Anna looked", 12)) == before, "a proper request got another answer")
     report.require("Traceback" not in server.log, f"the log has a traceback: {server.log[-3000:]}")
-    await place.channel.close()
+    await site.channel.close()
 
 
 def run(**options: Any) -> Report:
@@ -190,15 +190,17 @@ def run(**options: Any) -> Report:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    made = argparse.ArgumentParser(prog="slow_readers", description=__doc__)
-    made.add_argument("--readers", type=int, default=4, help="clients that do not read")
-    made.add_argument("--tokens", type=int, default=700, help="of each of their completions")
-    made.add_argument("--completions", type=int, default=8, help="of each: they must not fit into the system's buffers")
-    made.add_argument("--others", type=int, default=30, help="requests of others, each time")
-    made.add_argument("--waves", type=int, default=4, help="times that such clients come")
-    made.add_argument("--limit", type=float, default=1.5, help="of the p50 of others, as a ratio")
-    made.add_argument("--growth", type=float, default=0.05, help="of the server's memory, as a share")
-    return made
+    result = argparse.ArgumentParser(prog="slow_readers", description=__doc__)
+    result.add_argument("--readers", type=int, default=4, help="clients that do not read")
+    result.add_argument("--tokens", type=int, default=700, help="of each of their completions")
+    result.add_argument(
+        "--completions", type=int, default=8, help="of each: they must not fit into the system's buffers"
+    )
+    result.add_argument("--others", type=int, default=30, help="requests of others, each time")
+    result.add_argument("--waves", type=int, default=4, help="times that such clients come")
+    result.add_argument("--limit", type=float, default=1.5, help="of the p50 of others, as a ratio")
+    result.add_argument("--growth", type=float, default=0.05, help="of the server's memory, as a share")
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -54,22 +54,22 @@ async def _reaches(server: Server, metric: str, value: float) -> None:
 
 
 async def _finishes(server: Server, report: Report, each: int, tokens: int, grace: float) -> None:
-    place = Place.of(server)
+    site = Place.of(server)
     before = await _sum(server, _PROMPT_TOKENS)
-    expected = await answers(place, Ask("Anna looked", tokens))
+    expected = await answers(site, Ask("Anna looked", tokens))
     await server.idle_after()
     of_each = await _sum(server, _PROMPT_TOKENS) - before
     held = await _unread(server, _HELD)  # the server goes on until this one has left
     await _reaches(server, _RUNNING, 1)
     before = await _sum(server, _PROMPT_TOKENS)
     kinds = [kind for kind in KINDS for _ in range(each)]
-    tasks = [asyncio.create_task(answer(kind, place, Ask("Anna looked", tokens))) for kind in kinds]
+    tasks = [asyncio.create_task(answer(kind, site, Ask("Anna looked", tokens))) for kind in kinds]
     await _reaches(server, _PROMPT_TOKENS, before + each * of_each)
     signalled = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
-    while await place.server.ready():
+    while await site.server.ready():
         await asyncio.sleep(0.01)
-    await _refused(place, report)
+    await _refused(site, report)
     held.leave(reset=True)
     found = await asyncio.gather(*tasks, return_exceptions=True)
     worked = time.monotonic() - signalled
@@ -83,7 +83,7 @@ async def _finishes(server: Server, report: Report, each: int, tokens: int, grac
     report.figures["s that they took from SIGTERM on"] = round(worked, 2)
     report.at_most("s from the last answer to the exit", await _exit(server, signalled) - worked, grace)
     report.require(server.process.poll() == 0, f"exit status {server.process.poll()}")
-    await place.channel.close()
+    await site.channel.close()
 
 
 async def _end_of(kind: Kind, place: Place) -> str:
@@ -106,10 +106,10 @@ async def _unread(server: Server, body: str) -> Connection:
 
 async def _is_cut(server: Server, report: Report, each: int, timeout: float, grace: float) -> None:
     """With more work than the exit timeout allows, and a client that does not read."""
-    place = Place.of(server)
+    site = Place.of(server)
     stuck = await _unread(server, _STUCK)
     kinds = [kind for kind in KINDS for _ in range(each)]
-    tasks = [asyncio.create_task(_end_of(kind, place)) for kind in kinds]
+    tasks = [asyncio.create_task(_end_of(kind, site)) for kind in kinds]
     await _reaches(server, _RUNNING, len(kinds))
     signalled = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
@@ -121,7 +121,7 @@ async def _is_cut(server: Server, report: Report, each: int, timeout: float, gra
     report.require(seconds >= timeout, "the exit timeout was not waited for")
     report.require(server.process.poll() == 0, f"exit status {server.process.poll()} after the exit timeout")
     stuck.leave()
-    await place.channel.close()
+    await site.channel.close()
 
 
 def run(*, each: int, tokens: int, timeout: float, grace: float = _GRACE_S) -> Report:

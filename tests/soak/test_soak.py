@@ -55,15 +55,15 @@ def test_a_failure_is_told_by_the_exit_status(capsys: pytest.CaptureFixture[str]
 
 def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["x"]) == main([]) == 2
-    told = capsys.readouterr().err
-    assert all(name in told for name in NAMES)
+    message = capsys.readouterr().err
+    assert all(name in message for name in NAMES)
 
 
 @pytest.mark.parametrize("make", [triton, generate, openai, pooling, over_grpc])
 def test_an_attack_can_be_made_again(make: Callable[[random.Random], object]) -> None:
-    made = [make(random.Random(f"0 {number}")) for number in range(50)]
-    assert made == [make(random.Random(f"0 {number}")) for number in range(50)]
-    assert len(set(map(repr, made))) > 45
+    result = [make(random.Random(f"0 {number}")) for number in range(50)]
+    assert result == [make(random.Random(f"0 {number}")) for number in range(50)]
+    assert len(set(map(repr, result))) > 45
 
 
 def judged(answer: bytes) -> malformed.Tally:

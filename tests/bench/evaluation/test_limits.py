@@ -21,15 +21,15 @@ def latency(batch_size: int, token_ms: float) -> LatencyResult:
 def test_shares_of_the_hardware_that_is_reached(tiny_bloom: Path) -> None:
     model, device, setup = read_hf_config(tiny_bloom), hardware.gpu("L4"), Setup(dtype="fp16")
     found = roofline(model, device, setup, [latency(1, 2.0), latency(8, 2.0)])
-    one, eight, prompts = found.steps
+    each, eight, prompts = found.steps
     assert [step.what for step in found.steps] == ["decode, batch 1", "decode, batch 8", "prompts, 256 tokens"]
-    assert one.tokens_per_second == pytest.approx(500)
+    assert each.tokens_per_second == pytest.approx(500)
     assert eight.tokens_per_second == pytest.approx(4000)
     memory = plan(model, device, setup).memory
     read = memory.fit.weight_bytes + 48 * memory.kv_bytes_per_token
-    assert one.bandwidth_share == pytest.approx(read / 2e-3 / device.bytes_per_second, rel=1e-3)
-    assert eight.operations_per_second == pytest.approx(8 * one.operations_per_second)
-    assert one.operations_per_byte == pytest.approx(one.operations_per_second * 2e-3 / read, rel=1e-3)
+    assert each.bandwidth_share == pytest.approx(read / 2e-3 / device.bytes_per_second, rel=1e-3)
+    assert eight.operations_per_second == pytest.approx(8 * each.operations_per_second)
+    assert each.operations_per_byte == pytest.approx(each.operations_per_second * 2e-3 / read, rel=1e-3)
     assert prompts.compute_share > eight.compute_share > 0
     assert prompts.limit
 

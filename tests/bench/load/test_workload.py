@@ -42,10 +42,10 @@ def test_texts_have_as_many_tokens_as_they_should(writer: PromptWriter, length: 
 def test_random_prompts_of_ids() -> None:
     many = Schedule(rate=float("inf"), num_prompts=200)
     options: dict[str, Any] = {"prompt_length": "3:9", "output_length": "2:4", "shared_prefix": 6}
-    made = plan(PromptWriter(None, 500), schedule=many, **options)
-    prompts = [each.turns[0].prompt for each in made]
+    result = plan(PromptWriter(None, 500), schedule=many, **options)
+    prompts = [each.turns[0].prompt for each in result]
     assert {len(prompt) for prompt in prompts} == set(range(9, 16))
-    assert {each.turns[0].output_length for each in made} == {2, 3, 4}
+    assert {each.turns[0].output_length for each in result} == {2, 3, 4}
     assert len({tuple(prompt[:6]) for prompt in prompts}) == 1
     assert len({tuple(prompt[6:]) for prompt in prompts}) == 200
     assert all(0 <= int(token) < 500 for prompt in prompts for token in prompt)
@@ -61,11 +61,11 @@ def test_runs_have_prompts_of_their_own_and_seeds_repeat_them(writer: PromptWrit
 
 
 def test_conversations_are_texts(writer: PromptWriter) -> None:
-    made = plan(writer, turns="2:3", prompt_length="5", shared_prefix=7)
-    assert {len(each.turns) for each in made} == {2, 3}
-    prompts = [str(each.turns[0].prompt) for each in made]
+    result = plan(writer, turns="2:3", prompt_length="5", shared_prefix=7)
+    assert {len(each.turns) for each in result} == {2, 3}
+    prompts = [str(each.turns[0].prompt) for each in result]
     assert [writer.count(prompt) for prompt in prompts] == [12] * 20
-    assert all(writer.count(str(each.turns[1].prompt)) == 5 for each in made)
+    assert all(writer.count(str(each.turns[1].prompt)) == 5 for each in result)
 
 
 def test_ids_without_a_tokenizer_need_the_size_of_the_vocabulary() -> None:
@@ -97,9 +97,9 @@ def sharegpt(tmp_path: Path) -> str:
 
 
 def test_answers_of_a_data_set_say_how_long_outputs_are(writer: PromptWriter, sharegpt: str) -> None:
-    made = plan(writer, dataset="sharegpt", path=sharegpt, turns="2")
-    assert [len(each.turns) for each in made[:4]] == [2, 1, 2, 1]
-    assert made[0].turns[0].output_length == writer.count("was quiet and cold")
+    result = plan(writer, dataset="sharegpt", path=sharegpt, turns="2")
+    assert [len(each.turns) for each in result[:4]] == [2, 1, 2, 1]
+    assert result[0].turns[0].output_length == writer.count("was quiet and cold")
     single = plan(PromptWriter(None), dataset="sharegpt", path=sharegpt, output_length="9")
     assert [(turn.prompt, turn.output_length) for turn in single[0].turns] == [("The river", 9)]
     with pytest.raises(ConfigError, match="give --output-length, or --tokenizer to count their tokens"):
@@ -130,9 +130,9 @@ def trace(tmp_path: Path) -> str:
 
 def test_a_trace_keeps_its_times_and_shares_its_blocks(trace: str) -> None:
     own = Schedule(rate=None)
-    made = plan(PromptWriter(None, 500), schedule=own, dataset="trace", path=trace)
-    assert [each.at for each in made] == [0, 0.5, 4]
-    first, second, third = (each.turns[0].prompt for each in made)
+    result = plan(PromptWriter(None, 500), schedule=own, dataset="trace", path=trace)
+    assert [each.at for each in result] == [0, 0.5, 4]
+    first, second, third = (each.turns[0].prompt for each in result)
     assert [len(first), len(second), len(third)] == [1500, 1030, 20]
     assert first[:1024] == second[:1024]
     assert first[1024:1030] != second[1024:]
@@ -148,8 +148,8 @@ def test_a_trace_keeps_its_times_and_shares_its_blocks(trace: str) -> None:
 
 
 def test_a_trace_as_texts(writer: PromptWriter, trace: str) -> None:
-    made = plan(writer, schedule=Schedule(rate=None), dataset="trace", path=trace, takes_ids=False)
-    first, second = (str(each.turns[0].prompt) for each in made[:2])
+    result = plan(writer, schedule=Schedule(rate=None), dataset="trace", path=trace, takes_ids=False)
+    first, second = (str(each.turns[0].prompt) for each in result[:2])
     assert [writer.count(first), writer.count(second)] == [1500, 1030]
     same = next(index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     assert writer.count(first[:same]) == pytest.approx(1024, abs=2)

@@ -123,9 +123,9 @@ def test_what_is_written_has_the_values_that_were_found(scheme: Quantization, fo
     changes = walk.changes
 
     def recorded(specs: Any) -> Any:
-        made = changes(specs)
-        found.update(made)
-        return made
+        result = changes(specs)
+        found.update(result)
+        return result
 
     walk.changes = recorded  # type: ignore[method-assign]
     write_quantized(source, tmp_path / "out", scheme_for(source, scheme), walk)

@@ -58,10 +58,10 @@ def test_ranks_divide_the_work(llama: ModelConfig) -> None:
 def test_few_tokens_of_a_mixture_read_few_experts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPES["qwen3_moe"]))
     model = read_hf_config(tmp_path)
-    one, many = (work(model, [(0, count)], 0) for count in (1, 10_000))
+    each, many = (work(model, [(0, count)], 0) for count in (1, 10_000))
     expert = 48 * 3 * 2048 * 768 * 2
-    assert many.read_bytes - one.read_bytes == pytest.approx(120 * expert, rel=0.05)
-    assert one.flops == pytest.approx(2 * (8 * expert / 2 + 48 * (2048 * 4096 * 2 + 2048 * 512 * 2)), rel=0.01)
+    assert many.read_bytes - each.read_bytes == pytest.approx(120 * expert, rel=0.05)
+    assert each.flops == pytest.approx(2 * (8 * expert / 2 + 48 * (2048 * 4096 * 2 + 2048 * 512 * 2)), rel=0.01)
 
 
 def test_an_engine_adds_up_its_steps() -> None:

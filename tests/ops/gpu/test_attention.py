@@ -192,9 +192,9 @@ class Case:
             for sequence in self.batch.sequences
             for position in range(sequence.length)
         ]
-        places = torch.tensor(slots, device=device)
+        indices = torch.tensor(slots, device=device)
         for cache in caches:
-            cache.flatten(0, 1).index_copy_(0, places, random(len(slots), heads.kv, heads.size).to(self.dtype))
+            cache.flatten(0, 1).index_copy_(0, indices, random(len(slots), heads.kv, heads.size).to(self.dtype))
         self.caches = caches[0], caches[1]
         if self.cache is not None:
             self.scales = CacheScales.of(1.5 + random(2, heads.kv).abs(), self.cache)
@@ -204,13 +204,13 @@ class Case:
         """Whole caches as `scales` say; what belongs to nobody is NaN, or the largest number where there is none."""
         assert self.scales is not None
         assert self.cache is not None
-        made = [keys.new_empty(keys.shape, dtype=self.cache) for _ in range(2)]
+        result = [keys.new_empty(keys.shape, dtype=self.cache) for _ in range(2)]
         slots = torch.arange(keys.shape[0] * keys.shape[1], device=self.device)
         heads = [
             cache.flatten(0, 1).nan_to_num(NAN if self.cache.is_floating_point else 1e4) for cache in (keys, values)
         ]
-        reference.write_cache(heads[0], heads[1], made[0], made[1], slots, scales=self.scales)
-        return made[0], made[1]
+        reference.write_cache(heads[0], heads[1], result[0], result[1], slots, scales=self.scales)
+        return result[0], result[1]
 
     @property
     def slopes_n(self) -> Tensor | None:
@@ -255,9 +255,9 @@ class Case:
 
 
 def make_sequence(key: int, kv_len: int, count: int, blocks: list[int]) -> Sequence:
-    made = Sequence(Request(request_id="r", prompt_token_ids=(0,) * kv_len, params=SamplingParams()), 0)
-    made.key, made.block_table, made.num_computed = key, blocks, kv_len - count
-    return made
+    result = Sequence(Request(request_id="r", prompt_token_ids=(0,) * kv_len, params=SamplingParams()), 0)
+    result.key, result.block_table, result.num_computed = key, blocks, kv_len - count
+    return result
 
 
 def message(case: Case, needed: list[int]) -> StepMessage:

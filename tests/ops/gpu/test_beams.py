@@ -69,12 +69,12 @@ def assert_equal(
     assert torch.equal(found[0].order_sw, wanted[0].order_sw)
     torch.testing.assert_close(found[0].logprobs_sw, wanted[0].logprobs_sw, rtol=0, atol=1e-14)
     assert torch.equal(found[1].chosen_2b[0], wanted[1].chosen_2b[0])
-    for place, search in enumerate(searches):
+    for index, search in enumerate(searches):
         own = slice(search.first_chosen, search.first_chosen + search.width)
         assert torch.equal(found[1].chosen_2b[1, own], wanted[1].chosen_2b[1, own])
         torch.testing.assert_close(found[1].logprobs_b[own], wanted[1].logprobs_b[own], rtol=0, atol=1e-14)
-        for one, other in zip(found[1][2:], wanted[1][2:], strict=True):
-            assert torch.equal(one[place, : search.keep], other[place, : search.keep])
+        for first, other in zip(found[1][2:], wanted[1][2:], strict=True):
+            assert torch.equal(first[index, : search.keep], other[index, : search.keep])
 
 
 @pytest.mark.parametrize("begin", [True, False])
@@ -101,8 +101,8 @@ def test_the_best_continuations_of_all_beams_go_on_but_for_those_that_end(device
         searches = searches_of(kinds, begin=step == 0)
         values, ids = candidates_of(len(kinds) * (1 if step == 0 else width), 9, rng.randrange(1000))
         (states, choice), _ = both(searches, states, values, ids, device)
-        for place, search in enumerate(searches):
-            beams_before = texts[place]
+        for index, search in enumerate(searches):
+            beams_before = texts[index]
             pairs = [
                 (logprob + value, beam, token)
                 for beam, (_, logprob) in enumerate(beams_before)
@@ -117,7 +117,7 @@ def test_the_best_continuations_of_all_beams_go_on_but_for_those_that_end(device
             assert sorted(zip(parents, tokens, strict=True)) == sorted((beam, token) for _, beam, token in going)
             assert sorted(logprobs) == pytest.approx(sorted(total for total, _, _ in going))
             assert all(parents[parent] == parent for parent in parents)  # nobody's blocks are lost
-            texts[place] = [
+            texts[index] = [
                 ((*beams_before[parent][0], token), logprob)
                 for parent, token, logprob in zip(parents, tokens, logprobs, strict=True)
             ]

@@ -33,9 +33,9 @@ def write_both(slots: Tensor, heads: int, size: int, dtype: torch.dtype, blocks:
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one.isnan(), other.isnan())
-        assert torch.equal(one.nan_to_num(0), other.nan_to_num(0))
+    for first, other in zip(found, expected, strict=True):
+        assert torch.equal(first.isnan(), other.isnan())
+        assert torch.equal(first.nan_to_num(0), other.nan_to_num(0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,8 +157,8 @@ def test_blocks_are_copied_bit_by_bit(
     sources, targets = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).T.contiguous()
     cache.copy_blocks(BlockCaches.of(found), sources, targets)
     reference.copy_blocks(BlockCaches.of(expected), sources, targets)
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    for first, other in zip(found, expected, strict=True):
+        assert torch.equal(first.view(torch.uint8), other.view(torch.uint8))
 
 
 @pytest.mark.gpu

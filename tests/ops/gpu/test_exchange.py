@@ -173,11 +173,11 @@ def test_ranks_in_turns(
     peers = make_peers(ranks, width, device)
     for number, rows in enumerate([3, 3, 3], start=1):
         case = Case.of(ranks, rows, width, dtype, device, split, seed=number, second=second)
-        place = number & 1
+        index = number & 1
         for rank in range(ranks):
             for other in range(ranks):
                 if rank > other:  # the ranks below have not run when this one does
-                    peers[rank].mailbox[place, :rows, other] = words(case.sent(other), number)
+                    peers[rank].mailbox[index, :rows, other] = words(case.sent(other), number)
         results = [case.run(peers[rank]) for rank in reversed(range(ranks))]
         for found, total in results:
             assert_close("layer_norm", total, case.total)
@@ -186,7 +186,7 @@ def test_ranks_in_turns(
             assert torch.equal(total, results[0][1])
         for receiver in range(ranks):
             for sender in range(ranks):
-                held = peers[receiver].mailbox[place, :rows, sender]
+                held = peers[receiver].mailbox[index, :rows, sender]
                 assert torch.equal(held, words(case.sent(sender), number) if sender != receiver else held * 0)
 
 

@@ -130,8 +130,8 @@ def test_queries_keys_and_values_go_where_they_belong(rows: int, device: torch.d
     slots_t = torch.randperm(4 * (rows + 2), generator=torch.Generator().manual_seed(rows))[:rows].to(device)
     expected = reference.project(x.double(), weight, bias.double(), *wide, slots_t, heads, clip=0.7)
     found = matmul.project(x, weight, bias, keys, values, slots_t, heads, clip=0.7)
-    for one, other in zip((found, keys, values), (expected, *wide), strict=True):
-        assert_close(kind_of(rows), one, other)
+    for first, other in zip((found, keys, values), (expected, *wide), strict=True):
+        assert_close(kind_of(rows), first, other)
 
 
 def test_columns_that_are_scaled_are_scaled_once(device: torch.device, assert_close: Close) -> None:
