@@ -232,6 +232,17 @@ def test_a_shared_weight_is_copied_only_where_it_must_be_widened(out: int, into:
         assert all(tensor.dtype == torch.float32 for tensor in held)
 
 
+@pytest.mark.parametrize(("out", "into"), [(48, 64), LARGE], ids=str)
+def test_a_weight_that_is_read_as_it_is_may_be_moved(out: int, into: int) -> None:
+    weight = draw(out, into)
+    moved = ops.relocated(weight)
+    assert isinstance(moved, Tensor)
+    assert torch.equal(moved, weight)
+    assert (moved is weight) == (native.kernels() is None or (out, into) != LARGE)
+    half = weight.half()
+    assert ops.relocated(half) is half
+
+
 def test_bf16_is_widened_where_the_processor_does_not_multiply_it(
     monkeypatch: pytest.MonkeyPatch, assert_close: Close
 ) -> None:

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -84,6 +85,29 @@ def test_products_with_shared_weights(
         found = ops.linear(x, packed, bias)
         assert_close("linear", found, F.linear(x.double(), weight.double(), bias.double()))
         assert torch.equal(ops.linear(x[-1:], packed, bias), found[-1:])
+
+
+def test_weights_are_in_memory_of_their_own() -> None:
+    sizes = [(1, 3), (5, 7, 32), (1 << 10, 1 << 10), (17,)]
+    tensors = [native.pages.zeros(size) for size in sizes] + [native.pages.zeros((1 << 27,), torch.int8)]
+    assert not any(tensor.data_ptr() % 64 or tensor.any() for tensor in tensors)
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    assert all((tensor == number).all() for number, tensor in enumerate(tensors))
+    source = draw(6, 5).t()
+    assert torch.equal(native.pages.copied(source), source)
+
+
+def test_memory_goes_back_with_the_last_tensor_in_it() -> None:
+    regions = native.pages._Regions()
+    first, second = (torch.from_numpy(regions.take(100)) for _ in range(2))
+    region = weakref.ref(regions._region.base)
+    regions.take(1 << 27)
+    del first
+    assert region() is not None
+    second += 1
+    del second
+    assert region() is None
 
 
 @pytest.mark.parametrize("activation", get_args(ops.Activation))

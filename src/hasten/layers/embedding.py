@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten import ops
-from hasten.layers.linear import PackedModule, ReplicatedLinear
+from hasten.layers.linear import PackedModule, ReplicatedLinear, set_weight
 from hasten.layers.norm import LayerNorm
 from hasten.ops.partial_sum import PartialSum
 from hasten.parallel.groups import ALONE, TensorGroup
@@ -116,6 +116,7 @@ class Head(PackedModule):
     def pack(self) -> None:
         """Lay the head out; a tied one has no second copy."""
         if self.tied:
+            set_weight(self.tied[0], "weight", ops.relocated(self.tied[0].weight))
             self.packed = ops.pack_linear(self.tied[0].weight, shared=True)
         else:
             self.packed = ops.pack_linear(self.weight)

@@ -32,6 +32,7 @@ from hasten.ops.dispatch.products import (
     linear_into,
     linear_parts,
     pack_linear,
+    relocated,
 )
 from hasten.ops.dispatch.sampling import (
     count_tokens,
@@ -141,6 +142,7 @@ __all__ = [
     "project",
     "recorded",
     "records",
+    "relocated",
     "resolve_ids",
     "route",
     "scaled",

@@ -56,6 +56,12 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
     return PackedLinear(out_features, in_features, plain=plain, blocked=blocked, fixed_order=order_is_fixed())
 
 
+def relocated(weight_oh: Weight) -> Weight:  # noqa: D103
+    if native.kernels() is None or not isinstance(weight_oh, Tensor) or weight_oh.dtype != torch.float32:
+        return weight_oh
+    return weight_oh if weight_oh.numel() < _SMALL_WEIGHT else native.pages.copied(weight_oh)
+
+
 def linear(  # noqa: D103
     x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None, activation: str | None
 ) -> Tensor:

@@ -4,6 +4,10 @@ from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
+from hasten.ops.native import pages
+
+__all__ = ["Kernels", "integer_kernels", "kernels", "pages"]
+
 
 class Kernels:
     """The modules of kernels; making it compiles them, or reads them from the user's cache."""

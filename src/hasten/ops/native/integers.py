@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten.ops.grouped import Columns
+from hasten.ops.native import pages
 from hasten.ops.native.launch import Kernel, empty, launch
 from hasten.ops.native.products import ACTIVATIONS
 from hasten.ops.packed import IntegerPanels
@@ -48,7 +49,7 @@ def pack(
     if bits == 4:
         units = units[:, :, 0] | units[:, :, 1] << 4
     return IntegerPanels(
-        units.contiguous(),
+        pages.copied(units),
         _in_panels(scales_go.float()),
         None if zeros_go is None else _in_panels(zeros_go.int()),
         bits,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hasten.ops.native import pages
 from hasten.ops.native.launch import Kernel, empty, launch
 
 _WIDTH = 32
@@ -18,8 +19,7 @@ def pack(weight_oh: Tensor) -> Tensor:
     """A weight in panels: [panels, h, 32]."""
     outputs, inputs = weight_oh.shape
     count = -(-outputs // _WIDTH)
-    # from the start of a cache line on, as torch gives memory
-    panels = torch.zeros(count, inputs, _WIDTH)
+    panels = pages.zeros((count, inputs, _WIDTH))
     whole = outputs // _WIDTH
     panels[:whole] = weight_oh[: whole * _WIDTH].view(whole, _WIDTH, inputs).transpose(1, 2)
     if whole < count:

@@ -97,12 +97,25 @@ def _multiply_last(x, stride, weight, size, tile, rows):
         _last1(x, stride, weight, size, tile)
 
 
+@part
+def _single(x, size, weight, bias, out, first, end):
+    """Output features of a single row, so that memory is read from beginning to end: a processor fetches that ahead."""
+    tile = _tile()
+    for feature in range(first, end):
+        _last1(x, size, weight + feature * size, size, tile)
+        more = load_f32(bias + 4 * feature) if bias else _f32(0)
+        store_f32(out + 4 * feature, load_f32(tile) + more)
+
+
 @kernel
 def _rows(p, thread, threads):
     """`x @ w.T + bias`: out [t, o]."""
     rows, size, outputs = load_i64(p), 4 * load_i64(p + 8), load_i64(p + 16)
     x, stride, weight = load_i64(p + 24), 4 * load_i64(p + 32), load_i64(p + 40)
     bias, out = load_i64(p + 48), load_i64(p + 56)
+    if rows == 1:
+        _single(x, size, weight, bias, out, outputs * thread // threads, outputs * (thread + 1) // threads)
+        return
     tile, fours = _tile(), (outputs + 3) // 4
     for four in range(fours * thread // threads, fours * (thread + 1) // threads):
         first = 4 * four
