@@ -86,6 +86,7 @@ def test_vllm_gets_all_texts_as_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, seconds = engine.embed([[3, 4], [5]])
     assert (vectors.tolist(), seconds > 0) == ([[1.0, 0.0], [1.0, 0.0]], True)
     assert (built["runner"], built["dtype"], built["load_format"]) == ("pooling", "float16", "dummy")
+    assert built["skip_tokenizer_init"], "the texts are token ids, and the folder may have no tokenizer"
 
 
 @pytest.mark.parametrize("mode", get_args(Pooling))

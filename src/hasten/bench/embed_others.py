@@ -160,6 +160,7 @@ class VllmEmbedder:
             dtype=VLLM_DTYPES[dtype],
             max_model_len=max_len,
             load_format=load_format,
+            skip_tokenizer_init=True,  # a folder of a model with dummy weights need not have one
             gpu_memory_utilization=_VLLM_MEMORY,
             enable_prefix_caching=False,
             disable_log_stats=True,
