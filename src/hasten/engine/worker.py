@@ -42,7 +42,7 @@ from hasten.models.base import Transformer
 from hasten.models.encoder import Encoder
 from hasten.parallel.groups import ALONE, ParallelGroups
 from hasten.parallel.launch import Ranks
-from hasten.parallel.peers import MOST_EXCHANGED_ROWS, connect, connect_stages, connect_sums, reachable
+from hasten.parallel.peers import MOST_EXCHANGED_ROWS, connect, connect_stages, reachable
 from hasten.parallel.threads import ThreadChoice
 
 _log = logging.getLogger(__name__)
@@ -55,8 +55,6 @@ GPU takes a third less time over as many tokens in larger steps (docs/performanc
 _STEP_BLOCK = 64
 """Least tokens of a block of a cache that holds one step's texts, on a GPU: nobody shares blocks, and fewer of them are
 less work for the host."""
-_MOST_SUMMED_ROWS = 16_384
-"""Rows of the largest sum for which two ranks keep room that the other reads."""
 _PROMPT_LOGITS_ROWS = 256
 """Rows of prompt logits computed at a time: a whole prompt's would need vocabulary times length."""
 
@@ -101,7 +99,7 @@ class Worker:
         with phase, explained, ops.fixed_order(config.deterministic):
             model = build_model(
                 checkpoint,
-                self._groups(dtype, config.scheduler.max_num_batched_tokens or 1),
+                self._groups(dtype),
                 dtype,
                 self.device,
                 quantization=config.quantization or checkpoint.quantization,
@@ -198,11 +196,8 @@ class Worker:
         self._sampler.release(key)
         self._tables.release(key)
 
-    def _groups(self, dtype: torch.dtype, step_tokens: int) -> ParallelGroups:
-        """The groups of this rank, the tensor group with memory for sums where its GPUs can reach each other.
-
-        `step_tokens`: of the largest step.
-        """
+    def _groups(self, dtype: torch.dtype) -> ParallelGroups:
+        """The groups of this rank, the tensor group with mailboxes where its GPUs can reach each other."""
         ranks, fixed = self.ranks, self.config.deterministic
         tensor = replace(ranks.groups.tensor, fixed_order=fixed)
         if dtype.itemsize == 2 and self._reach(range(tensor.first, tensor.first + tensor.size)):
@@ -210,12 +205,6 @@ class Worker:
             width = self.model_config.hidden_size
             peers = connect(ranks.store, tensor, width, MOST_EXCHANGED_ROWS, self.device, self._abort_flag)
             tensor = replace(tensor, peers=None if peers is None else replace(peers, fixed_order=fixed))
-            # a parallel residual adds both of its products up before ranks do, and a fixed order is that of mailboxes
-            if peers is not None and tensor.size == 2 and not (fixed or self.model_config.parallel_residual):
-                slot_bytes = min(step_tokens, _MOST_SUMMED_ROWS) * width * dtype.itemsize
-                few = MOST_EXCHANGED_ROWS
-                sums = connect_sums(ranks.store, tensor, slot_bytes, few, self.device, self._abort_flag)
-                tensor = replace(tensor, sums=sums)
         expert = tensor if self.config.parallel.expert_parallel else ALONE
         return replace(ranks.groups, tensor=tensor, expert=expert)
 
