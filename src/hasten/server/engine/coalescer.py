@@ -27,7 +27,7 @@ from hasten.server.engine.wire import CompletionDelta, FirstToken, Output, Poole
 
 EngineOutput = RequestOutput | PoolingRequestOutput[PooledOutput]
 
-_STREAMS_SHARE = 1 / 30
+_STREAMS_SHARE = 1 / 40
 """Of the cores that engine and server compete for, so much may go to writing streams; more slows down all of them."""
 
 
