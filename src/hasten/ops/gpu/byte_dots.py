@@ -156,6 +156,7 @@ def _one_row(
     """Each program multiplies the row with ROWS rows of the weight, BLOCK words at a time.
 
     Digits of the row lie STRIDE words apart. With GROUP above 0, so many words of the weight have a scale of their own.
+    With NIBBLES each 16 words have a unit of the row.
     """
     start_next(PDL)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -174,7 +175,8 @@ def _one_row(
     if HAS_BIAS:
         bias_n = tl.load(bias + row).to(tl.float32)
     wait_for_inputs(PDL)
-    unit = tl.load(units)
+    if not NIBBLES:
+        unit = tl.load(units)
     for offset in tl.static_range(0, WORDS, BLOCK):
         words = next_words
         here = at + offset
@@ -198,13 +200,16 @@ def _one_row(
                 nothing = tl.zeros([1, BLOCK // 4], tl.int32)
                 inputs = _products(ones, x, here, nothing, WORDS, BLOCK, NIBBLES, CENTRE > 0) * _BASE
                 sums -= zero * _products(ones, x + STRIDE, here, inputs, WORDS, BLOCK, NIBBLES, CENTRE > 0)
+            if NIBBLES:
+                quad = (four + offset // 4) // 4  # of four words each, the 128 columns of a unit
+                scale *= tl.load(units + quad, quad < WORDS // 16, 0.0)[None, :]
             total += sums.to(tl.float32) * scale
         else:
             high = _products(words, x, here, high, WORDS, BLOCK, NIBBLES, False)
             if DIGITS == 2:
                 low = _products(words, x + STRIDE, here, low, WORDS, BLOCK, NIBBLES, False)
     if GROUP > 0:
-        value = tl.sum(total, 1) * (unit / 16 if NIBBLES else unit)
+        value = tl.sum(total, 1) * (1 / 16 if NIBBLES else unit)
     else:
         value = tl.sum(high, 1).to(tl.float32)
         if DIGITS == 2:

@@ -1,8 +1,8 @@
 """Linear layers whose weights have scales of groups, of 4 bits or 8 a value.
 
 Values are widened in registers, by bits and not by conversions, and multiplied by the tensor cores. With few rows each
-group's sums are multiplied by their scale in fp32; with more, the widened values are. Beyond that the weight is widened
-once, in memory, for cuBLAS.
+group's sums are multiplied by their scale in fp32; with more, the widened values are (on an H200 by the kernel of
+`grouped_tiles.py`). Beyond that the weight is widened once, in memory, for cuBLAS.
 
 Shapes: M rows, N output features, K columns (input features in the order of their groups), G groups; values [N, K] in
 bytes, or [N, K / 4] in words of four columns, which are 32 apart; scales and zeros [G, N].
@@ -14,79 +14,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hasten.ops.gpu.endings import Projection, store_sums, targets, widths
-from hasten.ops.gpu.launch import multiprocessors, overlapped, prefetch, shared_memory, start_next, wait_for_inputs
+from hasten.ops.gpu.grouped_tiles import by_tiles
+from hasten.ops.gpu.launch import (
+    has_warp_groups,
+    multiprocessors,
+    overlapped,
+    prefetch,
+    shared_memory,
+    start_next,
+    wait_for_inputs,
+)
+from hasten.ops.gpu.widening import less, of_group, quarter, scaled
 from hasten.ops.grouped import GroupedWeight
 from hasten.ops.packed import PackedLinear
-
-_FP16_0 = tl.constexpr(
-    "{.reg .b32 t; lop3.b32 $0, $1, 0x000f000f, 0x64006400, 0xea; mov.b32 t, 0x64086408; sub.f16x2 $0, $0, t;}"
-)
-_FP16_1 = tl.constexpr(
-    "{.reg .b32 t, u; lop3.b32 $0, $1, 0x00f000f0, 0x64006400, 0xea; "
-    "mov.b32 t, 0x2c002c00; mov.b32 u, 0xd480d480; fma.rn.f16x2 $0, $0, t, u;}"
-)
-_FP16_2 = tl.constexpr(
-    "{.reg .b32 t; shr.b32 $0, $1, 8; lop3.b32 $0, $0, 0x000f000f, 0x64006400, 0xea; "
-    "mov.b32 t, 0x64086408; sub.f16x2 $0, $0, t;}"
-)
-_FP16_3 = tl.constexpr(
-    "{.reg .b32 t, u; shr.b32 $0, $1, 8; lop3.b32 $0, $0, 0x00f000f0, 0x64006400, 0xea; "
-    "mov.b32 t, 0x2c002c00; mov.b32 u, 0xd480d480; fma.rn.f16x2 $0, $0, t, u;}"
-)
-"""1024 + v, whose low ten bits count in ones, less 1032; or 1024 + 16 v divided by 16, less 72: exact in fp16."""
-_BF16_0 = tl.constexpr(
-    "{.reg .b32 t, u; lop3.b32 $0, $1, 0x000f000f, 0x43004300, 0xea; "
-    "mov.b32 t, 0x3f803f80; mov.b32 u, 0xc308c308; fma.rn.bf16x2 $0, $0, t, u;}"
-)
-_BF16_1 = tl.constexpr(
-    "{.reg .b32 t, u; shr.b32 $0, $1, 4; lop3.b32 $0, $0, 0x000f000f, 0x43004300, 0xea; "
-    "mov.b32 t, 0x3f803f80; mov.b32 u, 0xc308c308; fma.rn.bf16x2 $0, $0, t, u;}"
-)
-_BF16_2 = tl.constexpr(
-    "{.reg .b32 t, u; shr.b32 $0, $1, 8; lop3.b32 $0, $0, 0x000f000f, 0x43004300, 0xea; "
-    "mov.b32 t, 0x3f803f80; mov.b32 u, 0xc308c308; fma.rn.bf16x2 $0, $0, t, u;}"
-)
-_BF16_3 = tl.constexpr(
-    "{.reg .b32 t, u; shr.b32 $0, $1, 12; lop3.b32 $0, $0, 0x000f000f, 0x43004300, 0xea; "
-    "mov.b32 t, 0x3f803f80; mov.b32 u, 0xc308c308; fma.rn.bf16x2 $0, $0, t, u;}"
-)
-"""128 + v less 136: exact in bf16."""
-
-
-@triton.jit
-def _quarter(words, PLACE: tl.constexpr, dtype: tl.constexpr, PDL: tl.constexpr):
-    """The values at one of the four places of words, less 8; on newer devices of two words at once."""
-    if not PDL:
-        value = _less((words >> (4 * PLACE)) & 15, 8, dtype)
-    elif dtype == tl.float16:
-        if PLACE == 0:
-            value = tl.inline_asm_elementwise(_FP16_0, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        elif PLACE == 1:
-            value = tl.inline_asm_elementwise(_FP16_1, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        elif PLACE == 2:
-            value = tl.inline_asm_elementwise(_FP16_2, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        else:
-            value = tl.inline_asm_elementwise(_FP16_3, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-    else:
-        if PLACE == 0:
-            value = tl.inline_asm_elementwise(_BF16_0, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-        elif PLACE == 1:
-            value = tl.inline_asm_elementwise(_BF16_1, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-        elif PLACE == 2:
-            value = tl.inline_asm_elementwise(_BF16_2, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-        else:
-            value = tl.inline_asm_elementwise(_BF16_3, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-    return value
-
-
-@triton.jit
-def _less(values, middle: tl.constexpr, dtype: tl.constexpr):
-    """Values of a byte less the middle: exact in fp16 and bf16."""
-    if dtype == tl.float16:
-        return (values.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + middle)
-    return (values.to(tl.int16) - middle).to(dtype)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -135,13 +78,15 @@ def _by_groups(
     begin = tl.program_id(1) * (K // SPLITS)
     row = tl.where(n < N, n, 0)
     per_element: tl.constexpr = 4 if PACKED else 1
+    whole: tl.constexpr = PACKED and GROUP % 128 == 0
     element = tl.arange(0, BLOCK_K // per_element)
+    column = tl.arange(0, BLOCK_K if whole else BLOCK_K // per_element)
     start = values + row.to(tl.int64)[:, None] * (K // per_element) + begin // per_element
     if PDL and AHEAD:
         prefetch(start + tl.arange(0, AHEAD)[None, :] * (1024 // values.dtype.element_ty.primitive_bitwidth))
     wait_for_inputs(PDL)
     dtype: tl.constexpr = x.dtype.element_ty
-    x_start = x + tl.where(m < M, m, 0).to(tl.int64)[:, None] * K + begin + element[None, :]
+    x_start = x + tl.where(m < M, m, 0).to(tl.int64)[:, None] * K + begin + column[None, :]
     v_start = start + element[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for offset in tl.range(0, K // SPLITS, BLOCK_K, num_stages=STAGES):
@@ -149,55 +94,39 @@ def _by_groups(
         x_mk = tl.load(x_start + offset)
         at = (begin + offset) // GROUP * N + row
         if PACKED:
-            low, high = _quarter(read, 0, dtype, PDL), _quarter(read, 1, dtype, PDL)
-            three, four = _quarter(read, 2, dtype, PDL), _quarter(read, 3, dtype, PDL)
-            second = tl.load(x_start + offset + 32)
-            third = tl.load(x_start + offset + 64)
-            fourth = tl.load(x_start + offset + 96)
-            if GROUP % 128 == 0:
-                scale_n, zero_n = _of_group(scales, zeros, at, MIDDLE, HAS_ZEROS)
-                if SCALES_SUMS:
-                    sums = tl.dot(high, second.T, tl.dot(low, x_mk.T))
-                    sums = tl.dot(four, fourth.T, tl.dot(three, third.T, sums))
-                    if HAS_ZEROS:
-                        inputs_m = _sum(x_mk) + _sum(second) + _sum(third) + _sum(fourth)
-                        sums -= zero_n[:, None] * inputs_m[None, :]
-                    total += sums * scale_n[:, None]
-                else:
-                    total = tl.dot(_scaled(low, scale_n, zero_n, HAS_ZEROS), x_mk.T, total)
-                    total = tl.dot(_scaled(high, scale_n, zero_n, HAS_ZEROS), second.T, total)
-                    total = tl.dot(_scaled(three, scale_n, zero_n, HAS_ZEROS), third.T, total)
-                    total = tl.dot(_scaled(four, scale_n, zero_n, HAS_ZEROS), fourth.T, total)
+            first, second = quarter(read, 0, dtype, PDL), quarter(read, 1, dtype, PDL)
+            third, fourth = quarter(read, 2, dtype, PDL), quarter(read, 3, dtype, PDL)
+        if whole:
+            scale_n, zero_n = of_group(scales, zeros, at, MIDDLE, HAS_ZEROS)
+            if SCALES_SUMS:
+                sums = tl.dot(_side_by_side(first, second, third, fourth), x_mk.T)
+                if HAS_ZEROS:
+                    sums -= zero_n[:, None] * _sum(x_mk)[None, :]
+                total += sums * scale_n[:, None]
             else:
-                total = _add(low, x_mk, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
-                at = (begin + offset + 32) // GROUP * N + row
-                total = _add(high, second, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
-                at = (begin + offset + 64) // GROUP * N + row
-                total = _add(three, third, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
-                at = (begin + offset + 96) // GROUP * N + row
-                total = _add(four, fourth, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+                first, second = scaled(first, scale_n, zero_n, HAS_ZEROS), scaled(second, scale_n, zero_n, HAS_ZEROS)
+                third, fourth = scaled(third, scale_n, zero_n, HAS_ZEROS), scaled(fourth, scale_n, zero_n, HAS_ZEROS)
+                total = tl.dot(_side_by_side(first, second, third, fourth), x_mk.T, total)
+        elif PACKED:
+            total = _add(first, x_mk, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+            at = (begin + offset + 32) // GROUP * N + row
+            total = _add(second, tl.load(x_start + offset + 32), total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+            at = (begin + offset + 64) // GROUP * N + row
+            total = _add(third, tl.load(x_start + offset + 64), total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+            at = (begin + offset + 96) // GROUP * N + row
+            total = _add(fourth, tl.load(x_start + offset + 96), total, scales, zeros, at, MIDDLE, HAS_ZEROS)
         else:
-            total = _add(_less(read, MIDDLE, dtype), x_mk, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
+            total = _add(less(read, MIDDLE, dtype), x_mk, total, scales, zeros, at, MIDDLE, HAS_ZEROS)
     store_sums(
         total, m, n, M, N, bias, out, keys, cached_values, slots, inverses, SPLITS, HAS_BIAS, ACTIVATION, CLIP, Q, KV, D
     )
 
 
 @triton.jit
-def _of_group(scales, zeros, at, MIDDLE: tl.constexpr, HAS_ZEROS: tl.constexpr):
-    """Scales and zero points less the middle of one group; without any, these are not read."""
-    scale_n = tl.load(scales + at).to(tl.float32)
-    if HAS_ZEROS:
-        return scale_n, tl.load(zeros + at).to(tl.float32) - MIDDLE
-    return scale_n, scale_n
-
-
-@triton.jit
-def _scaled(w_nk, scale_n, zero_n, HAS_ZEROS: tl.constexpr):
-    """Values of one group as the weights that they stand for."""
-    if HAS_ZEROS:
-        w_nk -= zero_n.to(w_nk.dtype)[:, None]
-    return w_nk * scale_n.to(w_nk.dtype)[:, None]
+def _side_by_side(first, second, third, fourth):
+    """Quarters [n, 32] as columns [n, 128] of a single product."""
+    quarters = tl.join(tl.join(first, third), tl.join(second, fourth))
+    return quarters.permute(0, 2, 3, 1).reshape([first.shape[0], 128])
 
 
 @triton.jit
@@ -209,7 +138,7 @@ def _sum(x_mk):
 @triton.jit
 def _add(w_nk, x_mk, total, scales, zeros, at, MIDDLE: tl.constexpr, HAS_ZEROS: tl.constexpr):
     """`total` and the product of columns of one group."""
-    scale_n, zero_n = _of_group(scales, zeros, at, MIDDLE, HAS_ZEROS)
+    scale_n, zero_n = of_group(scales, zeros, at, MIDDLE, HAS_ZEROS)
     sums = tl.dot(w_nk, x_mk.T)
     if HAS_ZEROS:
         sums -= zero_n[:, None] * _sum(x_mk)[None, :]
@@ -294,7 +223,7 @@ def widened(weight: GroupedWeight, dtype: torch.dtype) -> Tensor:
     block = min(_WIDEN_BLOCK, triton.next_power_of_2(columns))
     _widen_groups[(triton.cdiv(features, _WIDEN_ROWS), triton.cdiv(columns, block))](
         *_tensors(weight), out, features, BLOCK_N=_WIDEN_ROWS, BLOCK_K=block, num_warps=4,
-        **_constants(weight), **overlapped(weight.values),
+        PACKED=weight.is_packed, **_constants(weight), **overlapped(weight.values),
     )  # fmt: skip
     return out
 
@@ -307,7 +236,6 @@ def _constants(weight: GroupedWeight) -> dict[str, int]:
     return {
         "K": weight.num_columns,
         "GROUP": weight.group_size,
-        "PACKED": weight.is_packed,
         "MIDDLE": weight.middle,
         "HAS_ZEROS": weight.zeros is not None,
     }
@@ -336,14 +264,25 @@ def product(
     else:
         out = x_tk.new_empty(rows, features if to is None else to.queries)
     keys, values, slots, inverses = targets(to, x_tk)
-    stage_bytes = block_k * 2 * cut.block_m + cut.block_n * block_k // (2 if weight.is_packed else 1)
-    _by_groups[(triton.cdiv(rows, cut.block_m) * triton.cdiv(features, cut.block_n), splits)](
-        x_tk, *_tensors(weight), x_tk if bias_o is None else bias_o, out, keys, values, slots,
-        inverses, rows, features,
-        SCALES_SUMS=cut.scales_sums, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=block_k, SPLITS=splits,
-        STAGES=max(2, min(cut.stages, shared_memory(device) // stage_bytes)),
-        HAS_BIAS=bias_o is not None, ACTIVATION=activation, **widths(to), AHEAD=_AHEAD, num_warps=cut.warps,
-        **_constants(weight), **overlapped(x_tk),
+    grid = triton.cdiv(rows, cut.block_m) * triton.cdiv(features, cut.block_n), splits
+    arguments = (
+        *_tensors(weight), x_tk if bias_o is None else bias_o, out, keys, values, slots, inverses, rows, features
+    )  # fmt: skip
+    common = dict(
+        BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, SPLITS=splits, HAS_BIAS=bias_o is not None, ACTIVATION=activation,
+        num_warps=cut.warps, **_constants(weight), **widths(to), **overlapped(x_tk),
+    )  # fmt: skip
+    rows_bytes = 2 * block_k * cut.block_m
+    whole = weight.is_packed and weight.group_size % block_k == 0
+    if whole and not cut.scales_sums and has_warp_groups(device):
+        room = shared_memory(device) - 2 * block_k * cut.block_n
+        x_rows = TensorDescriptor.from_tensor(x_tk, [cut.block_m, block_k])
+        by_tiles[grid](x_rows, *arguments, num_stages=max(2, min(cut.stages, room // rows_bytes)), **common)
+        return out
+    stage_bytes = rows_bytes + cut.block_n * block_k // (2 if weight.is_packed else 1)
+    _by_groups[grid](
+        x_tk, *arguments, PACKED=weight.is_packed, SCALES_SUMS=cut.scales_sums, BLOCK_K=block_k, AHEAD=_AHEAD,
+        STAGES=max(2, min(cut.stages, shared_memory(device) // stage_bytes)), **common,
     )  # fmt: skip
     return out
 

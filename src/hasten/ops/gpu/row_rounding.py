@@ -18,6 +18,8 @@ _BASE = tl.constexpr(BASE)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _ALIGNED = 128
 """Input features are padded with zeros to a multiple of this."""
+_GROUP = tl.constexpr(128)
+"""Input features of a unit where weights have 4 bits."""
 _FEW_ROWS = 64
 """Most rows whose rounding takes as many threads as there are; more rows fill the device with fewer threads each."""
 
@@ -39,13 +41,12 @@ def store_rounded(
     row,
     k,
     numbers,
-    units,
     WIDTH: tl.constexpr,
     LARGEST: tl.constexpr,
     DIGITS: tl.constexpr,
     NIBBLES: tl.constexpr,
 ):
-    """Store a row's inputs k, in fp32 and zeros behind its end, as multiples of its unit, which is stored as well.
+    """Store a row's inputs k, in fp32 and zeros behind its end, as multiples of the unit that it returns.
 
     NaN and infinity make all of them zeros, and the unit NaN.
     """
@@ -67,7 +68,17 @@ def store_rounded(
         tl.store(target, whole(number).to(dtype), kept)
     else:
         tl.store(target, to_e4m3(number), kept)
-    tl.store(units + row, tl.where(damaged, float("nan"), unit))
+    return tl.where(damaged, float("nan"), unit)
+
+
+@triton.jit
+def store_units(unit, row, units, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, NIBBLES: tl.constexpr):
+    """Store the unit of a whole row: with NIBBLES that of each of its groups."""
+    if NIBBLES:
+        group = tl.arange(0, BLOCK_K // _GROUP)
+        tl.store(units + row * (WIDTH // _GROUP) + group, tl.zeros_like(group) + unit, group < WIDTH // _GROUP)
+    else:
+        tl.store(units + row, unit)
 
 
 @triton.jit
@@ -85,14 +96,14 @@ def _round_rows(
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Round a row's inputs; zeros follow them up to WIDTH.
+    """Round a row's inputs, or BLOCK_K of them that have a unit of their own; zeros follow them up to WIDTH.
 
     With ACTIVATION, what is rounded is that of the row, in the type of the row; with GATED, that of its first half
     times its second.
     """
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     wait_for_inputs(PDL)
     start = x + row * (2 * K if GATED else K) + k
     value = tl.load(start, k < K, 0.0).to(tl.float32)
@@ -101,7 +112,8 @@ def _round_rows(
         if GATED:
             value *= tl.load(start + K, k < K, 0.0).to(tl.float32)
         value = tl.where(k < K, value, 0.0).to(x.dtype.element_ty).to(tl.float32)
-    store_rounded(value, row, k, numbers, units, WIDTH, LARGEST, DIGITS, NIBBLES)
+    unit = store_rounded(value, row, k, numbers, WIDTH, LARGEST, DIGITS, NIBBLES)
+    tl.store(units + row * tl.num_programs(1) + tl.program_id(1), unit)
 
 
 def padded(features: int) -> int:
@@ -124,7 +136,8 @@ def rounding_of(shape: tuple[int, int], like: Tensor, inputs: torch.dtype | None
     numbers = like.new_empty(rows, digits * wide, dtype=inputs or torch.int8)
     largest = LARGEST_OF_DIGITS if inputs is None else LARGEST[inputs]
     constants = {"WIDTH": wide, "LARGEST": largest, "DIGITS": digits, "NIBBLES": nibbles}
-    return Rounding(RoundedRows(numbers, like.new_empty(rows, dtype=torch.float32), shape, like.dtype), constants)
+    units_t = like.new_empty((rows, wide // _GROUP.value) if nibbles else (rows,), dtype=torch.float32)
+    return Rounding(RoundedRows(numbers, units_t, shape, like.dtype), constants)
 
 
 def round_rows(
@@ -137,9 +150,9 @@ def round_rows(
 ) -> tuple[Tensor, Tensor]:
     """Numbers, [t, digits * padded h] of 8 bits, and units, [t] in fp32: of `inputs`, or of two digits where None.
 
-    `nibbles`: each digit in the order that weights of 4 bits are multiplied in, see `_nibble_index`. With `activation`,
-    that of `x_th` is rounded; with `gated`, that of the first half of each row times the second. What is rounded
-    already stays as it is.
+    `nibbles`: each digit in the order that weights of 4 bits are multiplied in, see `_nibble_index`, and units [t, g],
+    of 128 input features each, so that no program waits for a whole row. With `activation`, that of `x_th` is rounded;
+    with `gated`, that of the first half of each row times the second. What is rounded already stays as it is.
     """
     if isinstance(x_th, RoundedRows):
         return x_th.numbers, x_th.units_t
@@ -147,8 +160,8 @@ def round_rows(
     rows, width = x_th.shape[0], x_th.shape[1] // (2 if gated else 1)
     rounding = rounding_of((rows, width), x_th, inputs, nibbles=nibbles)
     numbers, units_t = rounding.rows.numbers, rounding.rows.units_t
-    block = triton.next_power_of_2(padded(width))
-    _round_rows[(rows,)](
+    block = _GROUP.value if nibbles else triton.next_power_of_2(padded(width))
+    _round_rows[(rows, padded(width) // block if nibbles else 1)](
         x_th, numbers, units_t, K=width, BLOCK_K=block, ACTIVATION=activation, GATED=gated, **rounding.constants,
         num_warps=max(1, min(16, block // (256 if rows <= _FEW_ROWS else 1024))), **overlapped(x_th),
     )  # fmt: skip
