@@ -18,10 +18,10 @@ from hasten.core.errors import CapacityError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
+from hasten.engine.rank_options import resolve_scheduler
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.step_message import StepMessage, TableRows
-from hasten.engine.worker import resolve_scheduler
 from hasten.parallel.groups import PipelineGroup
 
 pytestmark = pytest.mark.any_python

@@ -29,8 +29,8 @@ from hasten.checkpoint.plan import open_checkpoint, rank_tensors
 from hasten.core.config import SchedulerConfig
 from hasten.core.errors import ConfigError, RankError
 from hasten.core.ports import free_port
+from hasten.engine.rank_options import resolve_scheduler
 from hasten.engine.recorded import RecordedSteps
-from hasten.engine.worker import resolve_scheduler
 from hasten.parallel.groups import PipelineGroup
 
 pytestmark = pytest.mark.any_python

@@ -67,38 +67,56 @@ def build_model(
 
     With `quantization`, each weight is quantized as it comes: at most one of them is held in full precision besides.
     """
-    world, within = groups.world, groups.tensor
-    level = logging.INFO if world.rank == 0 else logging.DEBUG
+    level = logging.INFO if groups.world.rank == 0 else logging.DEBUG
     config, source = checkpoint.config, checkpoint.source
     _log.log(level, "loading %s (%s) from %s to %s", config.architecture, source.kind, source.folder, device)
-    if device.type == "cpu" and not ops.cpu_multiplies(dtype):
-        name = str(dtype).removeprefix("torch.")
-        _log.log(level, "%s is no faster than float32 here: its products are computed in float32", name)
     if device.type == "cpu":
-        _load_kernels(level)
+        _explain_cpu(dtype, level)
     start = time.perf_counter()
     with torch.device("meta"):
         model = model_class(config.architecture)(config, groups)
     model.eval()
     quantizer = None if quantization is None else Quantizer(SCHEMES[quantization], model)
-    quantizable = matrices(model)
+    show = show_progress and groups.world.rank == 0
+    held = _load_weights(model, checkpoint, groups, dtype, device, quantizer, show=show)
+    with torch.inference_mode():
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                module.pack()
+    size = f"{held / 1e9:.3f} GB" + (f" for each of {groups.world.size} ranks" if groups.world.size > 1 else "")
+    shown = quantization or checkpoint.stored_quantization
+    types = f"{dtype}" if shown is None else f"{shown} and {dtype}"
+    _log.log(level, "loaded %s of weights as %s in %.1f s", size, types, time.perf_counter() - start)
+    if shown is not None and config.experts is not None:
+        _log.log(level, "quantization %s: the experts of the mixture are in %s", shown, dtype)
+    return model
+
+
+def _load_weights(
+    model: Transformer,
+    checkpoint: Checkpoint,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantizer: Quantizer | None,
+    *,
+    show: bool,
+) -> int:
+    """Give a model on the meta device its weights; their bytes."""
+    quantizable, held = matrices(model), 0
+    within, source, upload = groups.tensor, checkpoint.source, ops.Upload(device)
+    if within.size == 1:
+        source.upload = upload
     nbytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    show = show_progress and world.rank == 0
     with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar, _early(source, groups, device):
-        whole_experts = groups.expert.size > 1
-        upload = ops.Upload(device)
-        if within.size == 1:
-            source.upload = upload
-        tensors = rank_tensors(
+        for name, loaded in rank_tensors(
             checkpoint,
             within.rank,
             within.size,
             dtype,
-            expert_parallel=whole_experts,
+            expert_parallel=groups.expert.size > 1,
             names={name for name, _ in model.named_parameters()},
-        )
-        held = 0
-        for name, loaded in tensors:
+        ):
             owner, _, attribute = name.rpartition(".")
             weight = ops.moved(loaded, upload)
             if not isinstance(weight, Tensor) and name not in quantizable:
@@ -108,17 +126,7 @@ def build_model(
             set_weight(model.get_submodule(owner), attribute, weight)
             held += weight.nbytes
             bar.advance(math.prod(loaded.shape) * dtype.itemsize)
-    with torch.inference_mode():
-        for module in model.modules():
-            if isinstance(module, PackedModule):
-                module.pack()
-    size = f"{held / 1e9:.3f} GB" + (f" for each of {world.size} ranks" if world.size > 1 else "")
-    shown = quantization or checkpoint.stored_quantization
-    types = f"{dtype}" if shown is None else f"{shown} and {dtype}"
-    _log.log(level, "loaded %s of weights as %s in %.1f s", size, types, time.perf_counter() - start)
-    if shown is not None and config.experts is not None:
-        _log.log(level, "quantization %s: the experts of the mixture are in %s", shown, dtype)
-    return model
+    return held
 
 
 @contextmanager
@@ -143,8 +151,11 @@ def _early(source: Source, groups: ParallelGroups, device: torch.device) -> Iter
         weights.end()
 
 
-def _load_kernels(level: int) -> None:
-    """Have the kernels for a CPU, which the first start compiles."""
+def _explain_cpu(dtype: torch.dtype, level: int) -> None:
+    """Say what a CPU computes in and with; its kernels, which the first start compiles, are there then."""
+    if not ops.cpu_multiplies(dtype):
+        name = str(dtype).removeprefix("torch.")
+        _log.log(level, "%s is no faster than float32 here: its products are computed in float32", name)
     start = time.perf_counter()
     if not ops.records():
         _log.log(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.checkpoint.plan import Checkpoint, open_checkpoint
-from hasten.core.config import CacheConfig, EngineConfig, SchedulerConfig
-from hasten.core.errors import CapacityError, ConfigError, UnsupportedError
+from hasten.core.config import EngineConfig
+from hasten.core.errors import CapacityError
 from hasten.core.kernel_cache import check_kernel_cache, kernel_cache
 from hasten.engine import deferred
 from hasten.engine.batch import Batch
@@ -25,14 +25,19 @@ from hasten.engine.cache_ranges import stored_ranges
 from hasten.engine.cache_setup import CacheSetup
 from hasten.engine.deferred import Budget
 from hasten.engine.launched_step import ChooseTokens, Launched
-from hasten.engine.memory import (
-    DEFAULT_STEP_TOKENS,
-    explained_out_of_memory,
-)
+from hasten.engine.memory import explained_out_of_memory
 from hasten.engine.memory_advice import memory_advice
 from hasten.engine.model_loading import build_model, compute_dtype, quantization_of, with_folders
+from hasten.engine.peer_links import PeerLinks
 from hasten.engine.pooling import Pooler
 from hasten.engine.rank_device import rank_device
+from hasten.engine.rank_options import (
+    block_size_of,
+    cache_dtype,
+    check_options,
+    resolve_scheduler,
+    scheduler_of_texts,
+)
 from hasten.engine.runner import Runner
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampler
 from hasten.engine.sequence import Sequence
@@ -40,21 +45,11 @@ from hasten.engine.start_times import StartTimes
 from hasten.engine.step_message import StepMessage, TableRows
 from hasten.models.base import Transformer
 from hasten.models.encoder import Encoder
-from hasten.parallel.groups import ALONE, ParallelGroups
 from hasten.parallel.launch import Ranks
-from hasten.parallel.peers import MOST_EXCHANGED_ROWS, connect, connect_stages, reachable
 from hasten.parallel.threads import ThreadChoice
 
 _log = logging.getLogger(__name__)
 
-_LEAST_STEP_TOKENS = 1024
-"""Tokens of a step that are not divided any further: products of fewer rows are bound by reading weights."""
-_TEXT_STEP_TOKENS = {"cpu": 1, "cuda": 32_768}
-"""Tokens of a step of texts of which vectors or scores are made, at least: nobody waits for the end of a step, and a
-GPU takes a third less time over as many tokens in larger steps (docs/performance.md)."""
-_STEP_BLOCK = 64
-"""Least tokens of a block of a cache that holds one step's texts, on a GPU: nobody shares blocks, and fewer of them are
-less work for the host."""
 _PROMPT_LOGITS_ROWS = 256
 """Rows of prompt logits computed at a time: a whole prompt's would need vocabulary times length."""
 
@@ -68,53 +63,25 @@ class Worker:
         self.ranks = ranks
         self.start_times = StartTimes()
         self.device = rank_device(config, ranks.world, ranks.local_size, ranks.first)
-        self._abort_flag = torch.zeros(1, dtype=torch.int32, pin_memory=self._has_peers)
-        """In memory of the host that a GPU sees: not 0 once a rank has failed; no kernel waits for other ranks then."""
-        ranks.liveness.on_failure(partial(self._abort_flag.fill_, 1))
-        with self.start_times.phase("device"), explained_out_of_memory("starting the device"):
-            if self.device.type == "cuda":
-                check_kernel_cache(kernel_cache())
-                torch.cuda.synchronize(self.device)  # creates its context, which the next use would otherwise do
+        self._links = PeerLinks(ranks, self.device)
+        self._start_device()
         with self.start_times.phase("config"):
             config, checkpoint = self._opened(config)
-        self.model_config = checkpoint.config
+        self.model_config, groups = checkpoint.config, ranks.groups
         self.quantization = quantization_of(config, checkpoint)
-        config.check_deterministic(self.quantization)
-        replace(config.parallel, tensor_parallel_size=ranks.groups.tensor.size).validate(self.model_config)
-        config.scheduler.validate(self.model_config)
-        name = self.model_config.architecture
-        if config.deterministic and self.model_config.task != "generate":
-            raise ConfigError(f"deterministic is for models that generate text; {name} does not")
-        if config.deterministic and self.model_config.encoder is not None:
-            raise ConfigError(f"deterministic is for models without an encoder; {name} has one")
+        check_options(config, self.model_config, self.quantization, groups.tensor.size)
         dtype = ops.TORCH_DTYPES[compute_dtype(config.dtype, self.model_config, self.device)]
         self.tokenizer_folder = checkpoint.tokenizer_folder
-        advice = partial(
-            memory_advice, self.config, self.model_config, self.quantization, self.device, self.ranks.groups
-        )
-        if self.device.type == "cpu":
-            with self.start_times.phase("compile"):
-                ops.records()  # compiles the kernels, or reads what an earlier start has compiled
-        phase, explained = self.start_times.phase("weights"), explained_out_of_memory("loading the model", advice)
-        with phase, explained, ops.fixed_order(config.deterministic):
-            model = build_model(
-                checkpoint,
-                self._groups(dtype),
-                dtype,
-                self.device,
-                quantization=config.quantization or checkpoint.quantization,
-                show_progress=config.progress_bars,
-            )
-        self.stage = ranks.groups.pipeline
+        advice = partial(memory_advice, self.config, self.model_config, self.quantization, self.device, groups)
+        model = self._load(config, checkpoint, dtype, advice)
+        self.stage = groups.pipeline
         self.defers = self.stage.size > 1 and self.device.type == "cpu" and not self.overlap
         """Whether rank 0 computes its stage of a step only when its tokens are collected: a CPU computes at once, and
         the other stages are to have the next steps by then."""
         self.pooler = pooler_of(model, checkpoint, self.device)
         """What makes vectors or scores of texts; None where text is generated."""
-        self.block_size = config.cache.block_size
+        self.block_size = block_size_of(config.cache, self.device, keeps_cache=self.pooler is None)
         """Tokens in a block of the cache."""
-        if self.pooler is not None and self.device.type == "cuda":
-            self.block_size = max(self.block_size, _STEP_BLOCK)
         self.runner = Runner(
             model,
             dtype,
@@ -125,7 +92,7 @@ class Worker:
             hidden_size=self.model_config.hidden_size,
             max_tokens=config.scheduler.max_num_batched_tokens or 0,
             keeps_cache=self.pooler is None,
-            cache_dtype=self._cache_dtype(config.cache),
+            cache_dtype=cache_dtype(config.cache, self.model_config, self.device),
         )
         eight_bits = config.cache.eight_bits is not None
         setup = CacheSetup(
@@ -136,10 +103,10 @@ class Worker:
             self.runner,
             self.pooler,
             self.block_size,
-            stored_ranges(self.runner, checkpoint, ranks.groups.tensor) if eight_bits else None,
+            stored_ranges(self.runner, checkpoint, groups.tensor) if eight_bits else None,
             self.start_times,
             advice,
-            partial(self._connect_stages, config.scheduler),
+            partial(self._links.connect_stages, config.scheduler, self.model_config.hidden_size * dtype.itemsize),
         )
         self.max_model_len, self.num_blocks = setup.make() if self.pooler is None else setup.make_for_step()
         self.scheduler_config = config.scheduler
@@ -147,24 +114,30 @@ class Worker:
         self._budget = Budget(interactive=bool(config.scheduler.itl_target))
         self.reset()
 
-    def _cache_dtype(self, config: CacheConfig) -> torch.dtype | None:
-        """A type of 8 bits for the cache, None for that which the model computes in; errors where it cannot be had."""
-        if config.eight_bits is None:
-            return None
-        if self.pooler is not None:
-            name = self.model_config.architecture
-            raise ConfigError(
-                f"kv_cache_dtype: {name} generates no text, and keeps no keys and values; leave the option out"
+    def _start_device(self) -> None:
+        """Create a GPU's context, once its cache of kernels is known to be safe."""
+        with self.start_times.phase("device"), explained_out_of_memory("starting the device"):
+            if self.device.type == "cuda":
+                check_kernel_cache(kernel_cache())
+                torch.cuda.synchronize(self.device)  # creates its context, which the next use would otherwise do
+
+    def _load(
+        self, config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, advice: Callable[[], str]
+    ) -> Transformer:
+        """The model of this rank with its weights."""
+        if self.device.type == "cpu":
+            with self.start_times.phase("compile"):
+                ops.records()  # compiles the kernels, or reads what an earlier start has compiled
+        phase, explained = self.start_times.phase("weights"), explained_out_of_memory("loading the model", advice)
+        with phase, explained, ops.fixed_order(config.deterministic):
+            return build_model(
+                checkpoint,
+                self._links.groups(self.config, self.model_config.hidden_size, dtype),
+                dtype,
+                self.device,
+                quantization=config.quantization or checkpoint.quantization,
+                show_progress=config.progress_bars,
             )
-        if self.model_config.encoder is not None:
-            name = self.model_config.architecture
-            raise ConfigError(f"kv_cache_dtype is for models without an encoder; {name} has one; leave the option out")
-        dtype = ops.CACHE_DTYPES[config.eight_bits]
-        if not ops.multiplies(dtype, self.device):
-            raise UnsupportedError(
-                "kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or later; use int8, or auto"
-            )
-        return dtype
 
     def _opened(self, config: EngineConfig) -> tuple[EngineConfig, Checkpoint]:
         """The configuration with what this device and this host make of it, and the checkpoint."""
@@ -181,9 +154,9 @@ class Worker:
             verify=config.verify_checksums,
             dummy=self.device if config.load_format == "dummy" else None,
         )
-        if checkpoint.pooling is not None and self.config.scheduler.max_num_batched_tokens is None:
-            tokens = max(config.scheduler.max_num_batched_tokens or 1, _TEXT_STEP_TOKENS[self.device.type])
-            config = replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=tokens))
+        if checkpoint.pooling is not None:
+            scheduler = scheduler_of_texts(config.scheduler, self.config.scheduler, self.device)
+            config = replace(config, scheduler=scheduler)
         return config, checkpoint
 
     def reset(self) -> None:
@@ -195,42 +168,6 @@ class Worker:
         """Forget the sequence with this key, which has ended."""
         self._sampler.release(key)
         self._tables.release(key)
-
-    def _groups(self, dtype: torch.dtype) -> ParallelGroups:
-        """The groups of this rank, the tensor group with mailboxes where its GPUs can reach each other."""
-        ranks, fixed = self.ranks, self.config.deterministic
-        tensor = replace(ranks.groups.tensor, fixed_order=fixed)
-        if dtype.itemsize == 2 and self._reach(range(tensor.first, tensor.first + tensor.size)):
-            assert ranks.store is not None
-            width = self.model_config.hidden_size
-            peers = connect(ranks.store, tensor, width, MOST_EXCHANGED_ROWS, self.device, self._abort_flag)
-            tensor = replace(tensor, peers=None if peers is None else replace(peers, fixed_order=fixed))
-        expert = tensor if self.config.parallel.expert_parallel else ALONE
-        return replace(ranks.groups, tensor=tensor, expert=expert)
-
-    @property
-    def _has_peers(self) -> bool:
-        """Whether there are other ranks' GPUs."""
-        return self.device.type == "cuda" and self.ranks.world.size > 1
-
-    def _reach(self, group: list[int] | range) -> bool:
-        """Whether these ranks of the world have GPUs of this host that can write each other's memory."""
-        ranks = self.ranks
-        on_one_host = len({rank // ranks.local_size for rank in group}) == 1
-        numbers = [ranks.first + rank % ranks.local_size for rank in group]
-        return self.device.type == "cuda" and on_one_host and reachable(numbers)
-
-    def _connect_stages(self, config: SchedulerConfig) -> None:
-        """Open this rank's connections to other pipeline stages, through memory of GPUs that reach each other."""
-        ranks, link = self.ranks, self.stage.link
-        if link is None:
-            return
-        if ranks.world.least(int(self._reach(link.ranks))):
-            assert ranks.store is not None
-            hidden_bytes = self.model_config.hidden_size * self.runner.dtype.itemsize
-            most = max((config.max_num_batched_tokens or 1) * hidden_bytes, config.max_num_seqs * torch.int32.itemsize)
-            connect_stages(ranks.store, ranks.world, link, most, self.device, self._abort_flag)
-        link.connect(torch.zeros(1, dtype=torch.int32, device=self.device))
 
     def launch(self, batch: Batch) -> "Launched":
         """Put one step's batch on the devices of all ranks; the choice of its next tokens is to follow.
@@ -356,7 +293,7 @@ class Worker:
 
     def finish(self) -> None:
         """Wait until this rank's GPU has done all that other stages may wait for."""
-        if self._has_peers and self.stage.link is not None:
+        if self._links.has_peers and self.stage.link is not None:
             torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
@@ -365,7 +302,7 @@ class Worker:
 
     def give_up(self) -> None:
         """Leave the group after a failure: kernels that wait for another rank end first, whatever they have."""
-        self._abort_flag.fill_(1)
+        self._links.release()
         self.release()
         self.ranks.abandon()
 
@@ -391,15 +328,3 @@ def pooler_of(model: Transformer, checkpoint: Checkpoint, device: torch.device) 
         return None
     classifier, words = (model.classifier, model.masked_words) if isinstance(model, Encoder) else (None, None)
     return Pooler(checkpoint.config, checkpoint.pooling, classifier, words, device)
-
-
-def resolve_scheduler(config: SchedulerConfig, device: torch.device, stages: int = 1) -> SchedulerConfig:
-    """The limits of a step with the defaults of a device in place of what was left open.
-
-    With several pipeline stages the tokens are those of as many steps, which are under way together: the smaller steps
-    are, the less a stage waits for the one before.
-    """
-    tokens = config.max_num_batched_tokens or max(DEFAULT_STEP_TOKENS[device.type], config.max_num_seqs)
-    tokens = max(tokens // stages, min(tokens, _LEAST_STEP_TOKENS), config.max_num_seqs)
-    overlap = device.type != "cpu" if config.overlap_steps is None else config.overlap_steps
-    return replace(config, max_num_batched_tokens=tokens, overlap_steps=overlap)
