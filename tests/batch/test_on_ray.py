@@ -90,7 +90,7 @@ def test_two_engines_give_what_one_gives(
     assert "leave out --nnodes" in capsys.readouterr().err
     monkeypatch.setattr(on_ray, "_LEAST_S", 0.0)
     assert main([*command, "--on", "ray", "--engines", "2"]) == 1
-    assert "25 rows: 24 results, 1 errors" in capsys.readouterr().out
+    assert "25 rows: 24 results, 1 error\n" in capsys.readouterr().out
     (error,) = lines(tmp_path, "errors")
     assert (texts(tmp_path), error["error"]["message"]) == expected
     assert json.loads((tmp_path / "summary.json").read_text())["results"] == 24

@@ -67,12 +67,16 @@ def test_errors_are_status_1_and_bad_input_is_2(tiny_bloom: Path, hasten_here: "
     source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
     done = hasten_here("batch", source, out, "--model", tiny_bloom)
     assert done.status == 1
-    assert done.out.startswith("2 rows: 1 results, 1 errors\n")
+    first, *_, last = done.out.splitlines()
+    assert first == "2 rows: 1 result, 1 error"
+    assert last.startswith(f"in {out}; the errors' reasons are in errors-*.jsonl, the first: line 2: top_p must be")
     (line,) = (out / "errors-00000.jsonl").read_text().splitlines()
     assert json.loads(line)["error"]["message"].startswith("line 2: top_p must be")
     wrong = hasten_here("batch", tmp_path / "none.jsonl", out, "--model", tiny_bloom)
     assert (wrong.status, wrong.out) == (2, "")
     assert wrong.err.count("\n") == 1
+    onto_a_file = hasten_here("batch", source, source, "--model", tiny_bloom)
+    assert onto_a_file.err == f"hasten: error: {source} is a file; give a new folder for the results\n"
     other = hasten_here("batch", source, out, "--model", tiny_bloom, "--max-new-tokens", "3")
     assert other.status == 2
     assert "the sampling options differ" in other.err

@@ -55,6 +55,12 @@ def test_names_that_are_not_exported() -> None:
         getattr(hasten, "Nothing")  # noqa: B009 - the plain form is a type error, as it should be
 
 
+def test_nothing_is_meant_where_no_option_is_near(capsys: pytest.CaptureFixture[str]) -> None:
+    """Dashes, which all options have, make none near."""
+    assert main(["plan", "m", "--slo", "foo"]) == 2
+    assert capsys.readouterr().err == "hasten: error: unrecognized arguments: --slo foo (see `hasten plan --help`)\n"
+
+
 def test_the_installed_command_and_the_module_are_the_same() -> None:
     done = subprocess.run([sys.executable, "-m", "hasten", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"hasten {hasten.__version__}\n"

@@ -158,14 +158,15 @@ def test_gathered_keys_are_each_sequences_end_to_end_and_tiles_begin_at_theirs(w
 GATHERED = [
     ([8192], [8192], [True]),
     ([2048, 2048], [2048, 2048], [True, True]),
-    ([2048, 2047], [2048, 2047], [True, False]),
+    ([2048, 2047, 1000], [2048, 2047, 1000], [True, True, False]),
     ([600, 8, 1], [9000, 9000, 9000], [False, False, False]),
     ([600, 1400, 1], [9000, 9000, 9000], [True, True, False]),
     ([1400], [9000], [False]),
     ([1500], [16_000], [True]),
-    ([511, 8000], [100_000, 16_000], [False, True]),
+    ([511, 700], [100_000, 16_000], [False, False]),
     ([4000, 4000], [200_000, 100_000], [True, False]),
     ([1000], [900], [False]),
+    ([2, 8000, 3, 1, 70], [16_384, 8000, 1023, 5000, 1024], [True, True, False, False, True]),
 ]
 """New tokens of sequences, what they see, and whether their keys are gathered; a dry run's may see less."""
 

@@ -24,7 +24,9 @@ _WORDS = {
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create a folder and hold it for this process; ConfigError where another one has it."""
+    """Create a folder and hold it for this process; ConfigError where another one has it, or where it is a file."""
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; give a new folder for the results")
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,6 +1,8 @@
 """`hasten batch`: compute a file of requests."""
 
 import argparse
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.options import Parser, add_engine_options, add_sampling_options, engine_options, given, path, positive
@@ -158,11 +160,24 @@ def _computed(job: "BatchJob", model: str, options: dict[str, Any]) -> "BatchSum
 def _show(summary: "BatchSummary") -> int:
     """Print what came of a batch; the exit status."""
     before = f", {summary.resumed} of them in earlier runs" if summary.resumed else ""
-    print(f"{summary.rows} rows: {summary.results} results, {summary.errors} errors{before}")
+    counts = (_counted(summary.results, "result"), _counted(summary.errors, "error"))
+    print(f"{_counted(summary.rows, 'row')}: {', '.join(counts)}{before}")
     if summary.seconds:
         print(
             f"{summary.seconds:.1f} s: {summary.prompt_tokens} prompt tokens, {summary.completion_tokens} generated, "
             f"{summary.tokens_per_second:.1f} tokens/s"
         )
-    print(f"in {summary.output}" + ("; the errors' reasons are in errors-*.jsonl" if summary.errors else ""))
+    print(f"in {summary.output}" + (_first_reason(Path(summary.output)) if summary.errors else ""))
     return FAILED if summary.errors else 0
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _first_reason(output: Path) -> str:
+    """Where the reasons of errors are, and the first of them."""
+    file = min(file for file in output.glob("errors-*.jsonl") if file.stat().st_size)
+    with file.open(encoding="utf-8") as lines:
+        reason = json.loads(next(lines))["error"]["message"]
+    return f"; the errors' reasons are in errors-*.jsonl, the first: {reason}"

@@ -110,8 +110,9 @@ def _shown_flag(action: argparse.Action) -> str:
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     """A question for the known word that comes nearest, to stand behind an error; empty where none is near."""
-    found = difflib.get_close_matches(word, [name for name in known if len(name) > 2], n=1)
-    return f"; did you mean {found[0]}?" if found else ""
+    bare = {name.lstrip("-"): name for name in known if len(name) > 2}  # dashes would make any two options alike
+    found = difflib.get_close_matches(word.lstrip("-"), bare, n=1)
+    return f"; did you mean {bare[found[0]]}?" if found else ""
 
 
 def positive(text: str) -> int:

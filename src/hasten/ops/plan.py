@@ -44,6 +44,8 @@ _LONG_PAIRS = 1 << 21
 _SMALL_STEP = 1536
 """Tokens up to which a step may be a graph, which has no room for gathered keys: where they take more pairs."""
 _LONG_PAIRS_OF_SMALL_STEPS = 1 << 24
+_MANY_KEYS = 1024
+"""Keys from which on those of few queries are gathered along with a long sequence's."""
 _MAX_GATHERED = 1 << 18
 """Most gathered keys of a step: 128 MiB of each key/value head of 128 in 16 bits."""
 
@@ -133,8 +135,14 @@ class Planner:
         return (query_lens >= _LONG_QUERIES) & (pairs >= least)
 
     def _gathered(self, query_lens: Integers, kv_lens: Integers) -> NDArray[np.bool_]:
-        """Which sequences' keys are gathered: of those that are long, the first for which there is room."""
+        """Which sequences' keys are gathered: the first for which there is room.
+
+        Those that are long, and where there is one, all with several queries of many keys: a few tiles of these alone
+        would leave the device idle, and among those of the long ones they do not show.
+        """
         chosen = self.is_long(query_lens, kv_lens) & (query_lens > 1)
+        if chosen.any():
+            chosen |= (query_lens > 1) & (kv_lens >= _MANY_KEYS)
         chosen &= np.cumsum(np.where(chosen, -(-kv_lens // TILE) * TILE, 0)) <= _MAX_GATHERED
         return chosen
 

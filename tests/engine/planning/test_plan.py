@@ -188,9 +188,13 @@ def test_names_of_gpus() -> None:
     assert gpu("NVIDIA H100 80GB HBM3").name == "H100"
     assert gpu("NVIDIA A100-SXM4-40GB").name == "A100-40GB"
     assert gpu("4090").name == "RTX 4090"
+    assert gpu("rtx4090").name == "RTX 4090"
+    assert gpu("NVIDIA GH200 480GB").name == "GH200"
+    assert gpu("h100pcie").name == "H100 PCIe"
     assert all(gpu(name).name == name for name in GPUS)
-    with pytest.raises(ConfigError, match="gpu 'K80' is not known; use one of B200, "):
-        gpu("K80")
+    for name in ("K80", "H1000", "MH100", "L400"):
+        with pytest.raises(ConfigError, match=f"gpu '{name}' is not known; use one of B200, "):
+            gpu(name)
 
 
 def test_this_cpu_is_measured() -> None:

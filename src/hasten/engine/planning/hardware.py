@@ -64,9 +64,16 @@ def gpu(name: str) -> Device:
     """A GPU of the table, by any spelling of its name; ConfigError names those that there are."""
     given = name.lower()
     for known, gib, terabytes, teraflops in _SHEET:
-        if all(word in given for word in re.split("[ -]", known.lower())) or given == known.lower().rpartition(" ")[2]:
+        words = re.split("[ -]", known.lower())
+        if all(_has_word(given, word) for word in words) or given == words[-1]:
             return Device(known, round(gib * _GIB), terabytes * 1e12, teraflops * 1e12)
     raise ConfigError(f"gpu {name!r} is not known; use one of {', '.join(GPUS)}")
+
+
+def _has_word(text: str, word: str) -> bool:
+    """Whether a word is in a text, and not as the part of a longer number (h1000) or of a longer name (gh200)."""
+    before, behind = ("[a-z]" if end.isalpha() else "[0-9]" for end in (word[0], word[-1]))
+    return re.search(f"(?<!{before}){word}(?!{behind})", text) is not None
 
 
 def this_gpu() -> Device | None:

@@ -46,13 +46,13 @@ _AHEAD = 2
 """Lines of 128 bytes of each row of the weight that `skinny` fetches before it may read its input."""
 _WIDE, _NARROW = Cut(64, 128, 4, 4), Cut(32, 128, 6, 4)
 _MIDDLE, _TALL = Cut(64, 128, 3, 4), Cut(128, 64, 5, 8)
-_ALONE_FEW, _ALONE = Cut(64, 128, 6, 4), Cut(64, 128, 4, 4)
-"""Of up to 16 rows and of more, where no multiprocessor has two programs: all of its shared memory is one's."""
-_FEW_IDLE = 0.7
+_ALONE_FEW, _ALONE = Cut(64, 128, 6, 4), Cut(64, 128, 5, 4)
+"""Of up to 32 rows and of more, where no multiprocessor has two programs: all of its shared memory is one's."""
+_FEW_ALONE = 0.3
 """Share of multiprocessors with a program from which that is better for up to 16 rows than narrow programs."""
-_LEAST_PART = 1024
-"""Input features of a part, where there are _MANY_PARTS programs without shorter ones."""
-_MANY_PARTS = 128
+_EVEN_FEW, _EVEN = 0.8, 0.9
+"""How busy multiprocessors are over all rounds of programs, from which on these are not too uneven: with up to 16 rows,
+whose programs go in twos or more to a multiprocessor, and with more."""
 _MANY, _FULL = Cut(128, 64, 4, 8), Cut(64, 32, 2, 4)
 """Of products in a fixed order: of many rows, and in fp32."""
 _MAX_SPLIT_ROWS = 512
@@ -230,12 +230,9 @@ def _splits(rows: int, weight: PackedLinear) -> int:
     """Parts to cut the input features into, so that programs fill the device about twice, or once with many rows."""
     if rows == 1:
         return 1
-    tiles = triton.cdiv(weight.out_features, _WIDE.block_n)
-    wanted = (256 if rows <= 32 else 128) // tiles
+    wanted = (256 if rows <= 32 else 128) // triton.cdiv(weight.out_features, _WIDE.block_n)
     splits = 1
     while splits < min(wanted, 8) and weight.in_features % (2 * splits * _WIDE.block_k) == 0:
-        if splits * tiles >= _MANY_PARTS and weight.in_features < 2 * splits * _LEAST_PART:
-            break
         splits *= 2
     return splits
 
@@ -245,11 +242,11 @@ def _cut(rows: int, features: int, splits: int, multiprocessors: int) -> Cut:
     if splits > 1:
         return _WIDE
     busy = triton.cdiv(features, _WIDE.block_n) / multiprocessors
-    if busy <= 1 and (rows > 16 or busy >= _FEW_IDLE):
-        return _ALONE_FEW if rows <= 16 else _ALONE
+    if busy <= 1 and (rows > 16 or busy >= _FEW_ALONE):
+        return _ALONE_FEW if rows <= 32 else _ALONE
     first = _TALL if rows > 32 else _WIDE
     rounds = triton.cdiv(features, first.block_n) / multiprocessors
-    if rounds > 4 or rounds / math.ceil(rounds) >= 0.9:
+    if rounds > 4 or rounds / math.ceil(rounds) >= (_EVEN_FEW if rows <= 16 else _EVEN):
         return first
     return _NARROW if rows <= 16 else _MIDDLE
 
