@@ -13,7 +13,7 @@ from functools import cached_property
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_WINDOW = 64
 """Tokens without text that are decoded together with the next one."""
 _PROBE = "a a b"
@@ -98,7 +98,7 @@ class Detokenizer:
 
     def _stays(self, token: int) -> bool:
         text = self._text([token])
-        return bool(text) and _REPLACEMENT not in text and self._text([token, token]).startswith(text)
+        return bool(text) and REPLACEMENT not in text and self._text([token, token]).startswith(text)
 
     def _text(self, ids: list[int]) -> str:
         text: str = self._fast.decode(ids, skip_special_tokens=True)
@@ -113,23 +113,18 @@ def _types(decoder: object) -> list[str]:
     return [str(decoder.get("type"))]
 
 
-class Endings(dict[int, bool]):
-    """Whether a token of a byte-level vocabulary may complete one of some texts: has the last byte of one."""
+class TokenBytes(dict[int, bytes]):
+    """What each token of a byte-level vocabulary adds to the bytes of a text."""
 
-    def __init__(self, detokenizer: Detokenizer, texts: Sequence[str]) -> None:
+    def __init__(self, detokenizer: Detokenizer, *, skip_special_tokens: bool) -> None:
         super().__init__()
-        self._detokenizer = detokenizer
-        self._last = {text.encode(errors="replace")[-1] for text in texts}
+        self._detokenizer, self._skip = detokenizer, skip_special_tokens
 
-    def __missing__(self, token: int) -> bool:
+    def __missing__(self, token: int) -> bytes:
         content = self._detokenizer.content(token)
-        found = self[token] = content is not None and not self._last.isdisjoint(_raw_bytes(content))
+        is_shown = content is not None and not (self._skip and content in self._detokenizer.special)
+        found = self[token] = _raw_bytes(content) if content is not None and is_shown else b""
         return found
-
-
-def ends_broken(text: str) -> bool:
-    """Whether a text ends with what stands for broken characters: any byte may complete it."""
-    return text.endswith(_REPLACEMENT)
 
 
 class TokenStream:
@@ -166,7 +161,7 @@ class TokenStream:
         self._run = None
         text = self._decode()
         short = len(self._window) <= _LONGEST_WINDOW
-        if short and self._detokenizer.has_open_characters and text.endswith(_REPLACEMENT):
+        if short and self._detokenizer.has_open_characters and text.endswith(REPLACEMENT):
             return ""
         new = text[self._given :]
         if new or not short:

@@ -5,7 +5,7 @@ Shapes: t tokens of the flat batch, r rows that need logits, v vocabulary, h hid
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 
 import numpy as np
@@ -82,7 +82,7 @@ class Runner:
         self._output: StepOutput | None = None
         """Of the last step, if a graph or a recording made it."""
 
-    @property
+    @cached_property
     def head(self) -> Head:
         """The language model head."""
         assert isinstance(self.model, CausalLM), "nothing is generated without one"

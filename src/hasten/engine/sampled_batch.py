@@ -164,6 +164,7 @@ class _Draws:
             point=[0.0] * len(params),
             device=_CPU,
         )
+        self._column: NDArray[np.float64] = self._draws.packed_r5.numpy()[:, 4]
         self._seeds = seeds_of([sequence.seed for sequence in sequences])
         self._lengths: list[int] = []
         """Where each sequence is drawn next, if it has got a token since the last step."""
@@ -177,8 +178,8 @@ class _Draws:
             positions = np.array(lengths) + np.arange(_STEPS)[:, np.newaxis]
             self._points = deque(uniforms(self._seeds, positions))
         self._lengths = [length + 1 for length in lengths]
-        packed_r5 = self._draws.packed_r5.numpy()
-        packed_r5[:, 4] = self._points.popleft()
+        self._column[:] = self._points.popleft()
         if device.type == "cpu":
             return self._draws
-        return ops.Draws(ops.to_device(packed_r5.copy(), torch.float64, device), self._draws.filters)
+        packed_r5 = self._draws.packed_r5.numpy().copy()
+        return ops.Draws(ops.to_device(packed_r5, torch.float64, device), self._draws.filters)

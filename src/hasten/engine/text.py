@@ -15,14 +15,14 @@ from hasten.core.text import require_utf8
 from hasten.core.types import SamplingParams
 from hasten.engine import tokenizer_files
 from hasten.engine.cleanup import CleanedStream, Stream, cleaned
-from hasten.engine.detokenizer import Detokenizer, Endings, TokenStream, ends_broken
+from hasten.engine.detokenizer import REPLACEMENT, Detokenizer, TokenBytes, TokenStream
 from hasten.engine.token_bound import most_bytes_per_token
 
 _PROMPT_END = 16
 """Tokens at the end of a prompt of which usually one has text."""
 
-_KEPT_ENDINGS = 256
-"""Sets of stop strings whose tokens are remembered."""
+_MOST_BYTES = 4
+"""Of a character."""
 _ANCHORS, _FOLLOWER = ("\n", ".", "(", "-"), "a"
 """Texts that no token joins with what follows, and a text to see that with."""
 
@@ -97,7 +97,6 @@ class Tokenizer:
 
     def _begin(self, read: "Callable[[], _Files]") -> None:
         self._read, self._lock = read, threading.Lock()
-        self._endings: dict[tuple[str, ...], Endings] = {}
 
     @property
     def is_loaded(self) -> bool:
@@ -255,13 +254,15 @@ class Tokenizer:
         stream = TokenStream(self._detokenizer, skip_special_tokens=skip_special_tokens, continues=continues)
         return CleanedStream(stream) if self._cleans_up else stream
 
-    def endings(self, texts: Sequence[str]) -> "Endings | None":
-        """Whether a token may complete one of these texts, by token; None: any may."""
-        if self._cleans_up or not self._detokenizer.is_byte_level or any(map(ends_broken, texts)):
-            return None
-        if len(self._endings) > _KEPT_ENDINGS:
-            self._endings.clear()
-        return self._endings.setdefault(tuple(texts), Endings(self._detokenizer, texts))
+    def token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes | None:
+        """What each token adds to the bytes of a text; None where text is made otherwise."""
+        return None if self._cleans_up else self._token_bytes[skip_special_tokens]
+
+    @cached_property
+    def _token_bytes(self) -> dict[bool, TokenBytes | None]:
+        if not self._detokenizer.is_byte_level:
+            return dict.fromkeys((False, True))
+        return {skip: TokenBytes(self._detokenizer, skip_special_tokens=skip) for skip in (False, True)}
 
     def words_ids(self, word: str) -> list[list[int]]:
         """The runs of tokens that `word` may appear as: as it is and after a space, in a text and at its start."""
@@ -314,7 +315,12 @@ class TextState:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, continues: bool = False) -> None:
         self._stream = tokenizer.stream(skip_special_tokens=params.skip_special_tokens, continues=continues)
         self._stop = params.stop
-        self._may_end = tokenizer.endings(self._stop)
+        self._bytes = None
+        if not any(REPLACEMENT in word for word in self._stop):
+            self._bytes = tokenizer.token_bytes(skip_special_tokens=params.skip_special_tokens)
+        self._words = [word.encode(errors="replace") for word in self._stop]
+        self._end = b""
+        """At least those bytes at the end of the text that a stop string may begin in."""
         self._unread: list[int] = []
         """Tokens whose text nobody has needed yet; none of them ends it."""
         self._include_stop = params.include_stop_str_in_output
@@ -326,7 +332,7 @@ class TextState:
 
     def add(self, token_id: int, *, look_for_stop: bool) -> str | None:
         """Take one more token; the stop string that it completes, if any, ends the text there."""
-        if not (look_for_stop and self._stop and (self._may_end is None or self._may_end[token_id])):
+        if not self._may_end(token_id) or not look_for_stop:
             self._unread.append(token_id)
             return None
         self._read()
@@ -343,6 +349,14 @@ class TextState:
         start, word = min(found, key=lambda entry: (entry[0], -len(entry[1])))
         self._text = self._text[:begin] + tail[: start + len(word) if self._include_stop else start]
         return word
+
+    def _may_end(self, token_id: int) -> bool:
+        """Whether a stop string may stand at the end of the text with one more token."""
+        if self._bytes is None or not self._stop:
+            return bool(self._stop)
+        end = self._end + self._bytes[token_id]
+        self._end = end[-_MOST_BYTES * self._longest :]
+        return any(word in end for word in self._words)
 
     def _take(self, new: str) -> None:
         self._text += new
