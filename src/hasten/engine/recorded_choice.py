@@ -45,32 +45,39 @@ class Chosen(NamedTuple):
     beams: ops.BeamChoice | None
 
 
+class _Read(NamedTuple):
+    """What a choice reads."""
+
+    where: tuple[int, ...]
+    """Address and shape of its logits: where the step is a recording, they come in the same memory each time."""
+    others: tuple[object, ...]
+
+    def is_same(self, other: "_Read") -> bool:
+        """Whether another choice reads the same memory."""
+        return self.where == other.where and all(map(is_, self.others, other.others))
+
+
 class RecordedChoice:
     """Choices of one batch."""
 
     def __init__(self) -> None:
-        self._last: tuple[object, ...] = ()
-        self._where: tuple[int, ...] = ()
-        """What the last choice read, and where its logits were."""
-        self._recorded: tuple[Recording, Chosen] | None = None
+        self._last: _Read | None = None
+        self._recorded: tuple[_Read, Recording, Chosen] | None = None
         self._can_record = ops.records()
 
     def choose(self, step: ChoiceStep, masks: Masks | None, compute: Callable[[], Chosen]) -> Chosen:
         """What `compute` chooses, which reads nothing else; the next choice may overwrite it."""
-        logits_rv, *read = step
-        where, last = (logits_rv.data_ptr(), *logits_rv.shape, *logits_rv.stride()), self._last
-        is_as_before = where == self._where and len(last) == len(read) + 1 and all(map(is_, last, (*read, masks)))
-        self._where, self._last = where, (*read, masks)
-        if not is_as_before:
-            self._recorded = None
-        elif self._recorded is not None:
-            recording, chosen = self._recorded
+        logits_rv, *others = step
+        read = _Read((logits_rv.data_ptr(), *logits_rv.shape, *logits_rv.stride()), (*others, masks))
+        if self._recorded is not None and read.is_same(self._recorded[0]):
+            _, recording, chosen = self._recorded
             recording.run()
             return chosen
-        elif self._can_record:
-            with ops.recorded() as recording:
-                chosen = compute()
-            self._can_record = recording.is_whole
-            self._recorded = (recording, chosen) if recording.is_whole else None
-            return chosen
-        return compute()
+        last, self._last = self._last, read
+        if not self._can_record or last is None or not read.is_same(last):
+            return compute()
+        with ops.recorded() as recording:
+            chosen = compute()
+        self._can_record = recording.is_whole
+        self._recorded = (read, recording, chosen) if recording.is_whole else None
+        return chosen

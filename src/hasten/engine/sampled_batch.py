@@ -69,8 +69,7 @@ class MaskedRows:
         self._constraints = {row: own for row, own in given.items() if own is not None}
         self._allowed = {row: own for row in sequences if (own := edits[row].allowed) is not None}
         self._places = [*self._constraints, *self._allowed]
-        self._index: Integers = np.full(rows, -1, np.int32)
-        self._index[self._places] = np.arange(len(self._places))
+        self._rows = rows
         self._masks: Masks | None = None
 
     def masks(self, vocab: int, device: torch.device) -> Masks | None:
@@ -93,7 +92,12 @@ class MaskedRows:
         for mask, own in zip(masks[len(self._constraints) :], self._allowed.values(), strict=True):
             mask[: len(own)], mask[len(own) :] = own, 0
         self._fill(host_kw)
-        index_r = ops.to_device(self._index, torch.int32, device) if self._masks is None else self._masks[0]
+        if self._masks is None:
+            index: Integers = np.full(self._rows, -1, np.int32)
+            index[self._places] = np.arange(len(self._places))
+            index_r = ops.to_device(index, torch.int32, device)
+        else:
+            index_r, _ = self._masks
         return index_r, host_kw.to(device, non_blocking=True)
 
     def _fill(self, masks_kw: Tensor) -> None:
