@@ -10,7 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from hasten import ops
 from hasten.core.errors import ConfigError
 from hasten.core.option_fields import parse_size
 from hasten.engine.memory import available_host_memory
@@ -99,7 +101,7 @@ def this_cpu() -> Device:
     threads = limit_threads()
     torch.set_num_threads(1)
     try:
-        values, square = torch.ones(_READ_BYTES // 4), torch.ones(_PRODUCT, _PRODUCT)
+        values, square = _in_weights_memory(torch.ones(_READ_BYTES // 4)), torch.ones(_PRODUCT, _PRODUCT)
         few = values[: _CACHED_BYTES // 4]
         reading = _least_seconds(lambda: values.sum())
         reading_few = _least_seconds(lambda: few.sum())
@@ -116,6 +118,13 @@ def this_cpu() -> Device:
         cached_bytes_per_second=threads * _CACHED_BYTES / reading_few,
         has_kernels=find_spec("numba") is not None,
     )
+
+
+def _in_weights_memory(values: Tensor) -> Tensor:
+    """Values in such memory as weights are in, which may be read faster than other memory."""
+    moved = ops.relocated(values)
+    assert isinstance(moved, Tensor)
+    return moved
 
 
 def _last_cache() -> int:

@@ -57,7 +57,7 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
 
 
 def relocated(weight_oh: Weight) -> Weight:  # noqa: D103
-    if native.kernels() is None or not isinstance(weight_oh, Tensor) or weight_oh.dtype != torch.float32:
+    if not (native.are_installed() and isinstance(weight_oh, Tensor)) or weight_oh.dtype != torch.float32:
         return weight_oh
     return weight_oh if weight_oh.numel() < _SMALL_WEIGHT else native.pages.copied(weight_oh)
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from hasten.ops.native import pages
 
-__all__ = ["Kernels", "integer_kernels", "kernels", "pages"]
+__all__ = ["Kernels", "are_installed", "integer_kernels", "kernels", "pages"]
 
 
 class Kernels:
@@ -38,9 +38,15 @@ class Kernels:
 
 
 @cache
+def are_installed() -> bool:
+    """Whether there are kernels, compiled or not."""
+    return find_spec("numba") is not None
+
+
+@cache
 def kernels() -> Kernels | None:
     """The kernels; None where numba is not installed."""
-    return None if find_spec("numba") is None else Kernels()
+    return Kernels() if are_installed() else None
 
 
 def integer_kernels() -> ModuleType | None:
