@@ -7,9 +7,13 @@ from functools import partial
 import torch
 
 from hasten.core.config import EngineConfig, SchedulerConfig
+from hasten.core.model_config import ModelConfig
 from hasten.parallel.groups import ALONE, ParallelGroups
 from hasten.parallel.launch import Ranks
-from hasten.parallel.peers import MOST_EXCHANGED_ROWS, connect, connect_stages, reachable
+from hasten.parallel.peers import MOST_EXCHANGED_ROWS, connect, connect_stages, connect_sums, reachable
+
+_MOST_SUMMED_ROWS = 16_384
+"""Rows of the largest sum for which two ranks keep room that the other reads."""
 
 
 class PeerLinks:
@@ -30,17 +34,21 @@ class PeerLinks:
         """Let kernels that wait for other ranks go on."""
         self._abort_flag.fill_(1)
 
-    def groups(self, config: EngineConfig, width: int, dtype: torch.dtype) -> ParallelGroups:
-        """The groups of this rank, the tensor group with mailboxes where its GPUs can reach each other.
-
-        `width`: of hidden states.
-        """
+    def groups(self, config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype) -> ParallelGroups:
+        """The groups of this rank, the tensor group with memory for sums where its GPUs can reach each other."""
         ranks, fixed = self._ranks, config.deterministic
         tensor = replace(ranks.groups.tensor, fixed_order=fixed)
         if dtype.itemsize == 2 and self._reaches(range(tensor.first, tensor.first + tensor.size)):
             assert ranks.store is not None
+            width = model_config.hidden_size
             peers = connect(ranks.store, tensor, width, MOST_EXCHANGED_ROWS, self._device, self._abort_flag)
             tensor = replace(tensor, peers=None if peers is None else replace(peers, fixed_order=fixed))
+            # a parallel residual adds both of its products up before ranks do, and a fixed order is that of mailboxes
+            if peers is not None and tensor.size == 2 and not (fixed or model_config.parallel_residual):
+                rows = min(config.scheduler.max_num_batched_tokens or 1, _MOST_SUMMED_ROWS)
+                few, nbytes = MOST_EXCHANGED_ROWS, rows * width * dtype.itemsize
+                sums = connect_sums(ranks.store, tensor, nbytes, few, self._device, self._abort_flag)
+                tensor = replace(tensor, sums=sums)
         expert = tensor if config.parallel.expert_parallel else ALONE
         return replace(ranks.groups, tensor=tensor, expert=expert)
 

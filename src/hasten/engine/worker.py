@@ -132,7 +132,7 @@ class Worker:
         with phase, explained, ops.fixed_order(config.deterministic):
             return build_model(
                 checkpoint,
-                self._links.groups(self.config, self.model_config.hidden_size, dtype),
+                self._links.groups(config, self.model_config, dtype),
                 dtype,
                 self.device,
                 quantization=config.quantization or checkpoint.quantization,

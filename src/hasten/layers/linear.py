@@ -10,6 +10,7 @@ from torch import Tensor
 from hasten import ops
 from hasten.core.model_config import AttentionConfig
 from hasten.parallel.groups import ALONE, TensorGroup
+from hasten.parallel.peer_sums import PeerSums
 
 
 class PackedModule(nn.Module):
@@ -163,8 +164,20 @@ class RowLinear(_Linear):
         """
         if self.group.size == 1:
             return ops.add_linear(x_th, self.packed, self.bias, residual_to, rows_t)
+        if self.group.sums is not None and isinstance(x_th, Tensor) and not self.packed.is_quantized:
+            row_bytes = self.packed.out_features * x_th.dtype.itemsize
+            if self.group.sums.takes(len(x_th), row_bytes):
+                assert not isinstance(residual_to, ops.PartialSum)
+                return self._exchanged(self.group.sums, x_th, residual_to, rows_t)
         parts = ops.linear_parts(x_th, self.packed, whole=isinstance(residual_to, ops.PartialSum))
         if isinstance(residual_to, ops.PartialSum):
             assert residual_to.over_ranks
             return residual_to.plus(parts, self.bias)
         return ops.PartialSum(parts, self.bias, residual_to, rows_t, over_ranks=True)
+
+    def _exchanged(
+        self, sums: PeerSums, x_th: Tensor, residual_to: Tensor | None, rows_t: Tensor | None
+    ) -> ops.PartialSum:
+        size = len(x_th), self.packed.out_features
+        own_to, other_to = sums.exchanged(*size, x_th.dtype, lambda out_to: ops.linear_into(x_th, self.packed, out_to))
+        return ops.PartialSum(own_to, self.bias, residual_to, rows_t, added=other_to)

@@ -117,6 +117,11 @@ class PackedLinear:
     """Whether products are added up in an order that does not depend on the number of rows (`ops.fixed_order`)."""
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the weight has scales."""
+        return any(each is not None for each in (self.scales, self.integers, self.grouped, self.blocked_groups))
+
+    @property
     def has_kernel(self) -> bool:
         """Whether the kernels for a CPU multiply it."""
         return self.panels is not None or self.integers is not None

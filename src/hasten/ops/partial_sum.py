@@ -24,7 +24,7 @@ class PartialSum:
     peers: Peers | None = None
     """Mailboxes through which the reader adds the other ranks' parts."""
     added: Tensor | None = None
-    """Parts of a second product, as `parts`: the other half of a parallel residual."""
+    """Parts of a second product, as `parts`: the other half of a parallel residual, or another rank's part."""
     added_bias: Tensor | None = None
     """[h]"""
     over_ranks: bool = False

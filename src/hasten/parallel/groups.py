@@ -16,6 +16,7 @@ from hasten import ops
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.peers import Peers
 from hasten.parallel.liveness import Liveness
+from hasten.parallel.peer_sums import PeerSums
 from hasten.parallel.pipeline import StageLink
 
 
@@ -28,6 +29,8 @@ class TensorGroup:
     size: int = 1
     peers: Peers | None = None
     """Where ranks on one host can write each other's memory: for sums of a few rows."""
+    sums: PeerSums | None = None
+    """Where two ranks read each other's parts of sums of more rows than mailboxes take."""
     first: int = 0
     """The rank in the world of the group's rank 0."""
     handle: dist.ProcessGroup | None = None

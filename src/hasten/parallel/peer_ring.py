@@ -43,9 +43,16 @@ class RingMemory:
 
     def message(self, number: int, like: Tensor) -> Tensor:
         """The slot of a message with the type and the shape of `like`."""
+        return self._slot(number, like.nbytes).view(like.dtype).view(like.shape)
+
+    def part(self, number: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """The slot of a message as [rows, width] of a type."""
+        return self._slot(number, rows * width * dtype.itemsize).view(dtype).view(rows, width)
+
+    def _slot(self, number: int, nbytes: int) -> Tensor:
         slot = self.slots[number % len(self.slots)]
-        assert like.nbytes <= len(slot)
-        return slot[: like.nbytes].view(like.dtype).view(like.shape)
+        assert nbytes <= len(slot)
+        return slot[:nbytes]
 
 
 class PeerRing:

@@ -24,6 +24,7 @@ from hasten.ops.peers import Peers
 from hasten.parallel.groups import TensorGroup
 from hasten.parallel.liveness import Liveness
 from hasten.parallel.peer_ring import PeerRing, RingMemory
+from hasten.parallel.peer_sums import SLOTS, PeerSums
 from hasten.parallel.pipeline import StageLink
 
 _log = logging.getLogger(__name__)
@@ -123,6 +124,25 @@ def connect_stages(
     assert shared is not None
     own, before, behind = (RingMemory.of(shared[(link.stage + step) % size], slots) for step in (0, -1, 1))
     link.use(PeerRing(own, before, behind, abort_flag))
+
+
+def connect_sums(
+    store: Store, group: TensorGroup, slot_bytes: int, few: int, device: torch.device, abort_flag: Tensor
+) -> PeerSums | None:
+    """Where two ranks read each other's parts of sums of more than `few` rows; None, on both, if either cannot.
+
+    `slot_bytes`: of the largest sum.
+    """
+    assert group.size == 2
+    store = PrefixStore(f"sums of {group.first}", store)
+    shape = (RingMemory.nbytes(SLOTS, slot_bytes),)
+    shared = _shared(store, group.rank, group.size, group.liveness, shape, torch.uint8, device)
+    if not group.least(int(shared is not None)):
+        _log.warning("sums of many rows go through NCCL: %s", _UNREACHABLE)
+        return None
+    assert shared is not None
+    own, other = (RingMemory.of(shared[rank], SLOTS) for rank in (group.rank, 1 - group.rank))
+    return PeerSums(own, other, few, abort_flag)
 
 
 def _shared(

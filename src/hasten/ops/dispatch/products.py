@@ -158,6 +158,17 @@ def linear_parts(x_th: Inputs, weight: PackedLinear, *, whole: bool = False) -> 
     return cpu.products.linear(x_th, weight, None, None)
 
 
+def linear_into(x_th: Tensor, weight: PackedLinear, out_to: Tensor) -> None:
+    """Write `x @ weight.T` of many rows into `out_to`, [t, o]; the weight is in full precision."""
+    assert not weight.is_quantized
+    if x_th.is_cuda:
+        from hasten.ops.gpu import matmul
+
+        matmul.linear_into(x_th, weight, out_to)
+    else:
+        out_to.copy_(cpu.products.linear(x_th, weight, None, None))
+
+
 def cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether the processor has products of weights in a floating-point type, and so gains by it."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu.bf16.is_supported())

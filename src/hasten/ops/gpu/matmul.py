@@ -169,6 +169,12 @@ def linear_parts(x_th: Inputs, weight: PackedLinear, *, whole: bool = False) -> 
     return _product(x_th, weight, None, None, None, splits=_splits(x_th.shape[0], weight))
 
 
+def linear_into(x_th: Tensor, weight: PackedLinear, out_to: Tensor) -> None:
+    """See `hasten.ops.linear_into`."""
+    assert weight.plain is not None
+    torch.mm(x_th, weight.plain.t(), out=out_to)
+
+
 def project(
     x_th: Inputs,
     weight: PackedLinear,
