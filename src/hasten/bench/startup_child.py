@@ -38,14 +38,14 @@ def _start(model: str, options: dict[str, Any], began: float, spawned: float) ->
     seconds = {"python": began - spawned}
     import torch
 
-    torch_there = time.monotonic()
-    seconds["import torch"] = torch_there - began
+    imported = time.monotonic()
+    seconds["import torch"] = imported - began
     from hasten.bench import report
     from hasten.core.types import SamplingParams
     from hasten.engine.llm import LLM
 
     start = time.monotonic()
-    seconds["import hasten"] = start - torch_there
+    seconds["import hasten"] = start - imported
     with LLM(model, **options) as llm:
         ready = time.monotonic()
         phases = llm.engine.worker.start_times.seconds

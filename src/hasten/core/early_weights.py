@@ -250,11 +250,11 @@ class EarlyWeights:
         small = [entry for entry in file.entries if entry.nbytes < _LARGE]
         *offsets, total = itertools.accumulate((-(-each.nbytes // _ALIGNMENT) for each in small), initial=0)
         shared = DeviceMemory(self._driver, max(total, 1) * _ALIGNMENT) if small else None
-        places = {entry.name: offset * _ALIGNMENT for entry, offset in zip(small, offsets, strict=True)}
+        starts = {entry.name: offset * _ALIGNMENT for entry, offset in zip(small, offsets, strict=True)}
         for entry in file.entries:
-            own = shared if entry.name in places else None
+            own = shared if entry.name in starts else None
             memory = own or DeviceMemory(self._driver, entry.nbytes)
-            arrived = Arrived(memory, places.get(entry.name, 0), entry.nbytes, entry.dtype, entry.shape)
+            arrived = Arrived(memory, starts.get(entry.name, 0), entry.nbytes, entry.dtype, entry.shape)
             self._tensors[file.path, entry.name] = arrived
             for at in range(0, entry.nbytes, _PIECE):
                 nbytes = min(_PIECE, entry.nbytes - at)

@@ -64,8 +64,8 @@ class Batch:
         end = 0
         for sequence, needed in zip(self.sequences, self.needed, strict=True):
             end += needed
-            for place in sequence.masks:
-                yield end - sequence.length + place
+            for position in sequence.masks:
+                yield end - sequence.length + position
 
     @property
     def num_tokens(self) -> int:

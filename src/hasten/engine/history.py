@@ -65,7 +65,7 @@ class TokenHistory:
             self._note_last()
             stale = np.flatnonzero(self._lengths[counted.slots] != np.array(lengths)).tolist()
             if stale:
-                self._load([(int(counted.slots[place]), counted.sequences[place]) for place in stale])
+                self._load([(int(counted.slots[row]), counted.sequences[row]) for row in stale])
             self._last = counted
         self._last_lengths = lengths
         self._reserve(max(lengths) + 1)

@@ -385,10 +385,10 @@ class _Meter:
             self._bar.note(f"{rate:.0f} tokens/s")
 
 
-def _located(error: InvalidRequestError, places: Mapping[str, str]) -> InvalidRequestError:
+def _located(error: InvalidRequestError, positions: Mapping[str, str]) -> InvalidRequestError:
     """The error with what messages call its request's prompt, of requests by id, in place of that."""
     head, colon, message = str(error).partition(": ")
-    where = places.get(head.removeprefix("request "))
+    where = positions.get(head.removeprefix("request "))
     if not colon or where is None:
         return error
     return InvalidRequestError(message if message.startswith(where) or where == "the prompt" else f"{where}: {message}")

@@ -57,8 +57,8 @@ def pool(hidden_th: Tensor, counts: Sequence[int], mode: Pooling) -> Tensor:
     weights_s = lengths_s
     if mode == "weightedmean":
         starts_t = torch.repeat_interleave(lengths_s.cumsum(0) - lengths_s, lengths_s, output_size=len(hidden_th))
-        places_t = torch.arange(1, len(hidden_th) + 1, device=device) - starts_t
-        wide_th = wide_th * places_t.unsqueeze(1)
+        weights_t = torch.arange(1, len(hidden_th) + 1, device=device) - starts_t
+        wide_th = wide_th * weights_t.unsqueeze(1)
         weights_s = lengths_s * (lengths_s + 1) // 2
     total_sh = torch.segment_reduce(wide_th, "sum", lengths=lengths_s, axis=0, unsafe=True)
     return total_sh / (weights_s.sqrt() if mode == "mean_sqrt_len" else weights_s).unsqueeze(1)
@@ -214,8 +214,8 @@ class Pooler:
             scores_mk, ids_mk = scores_mv.topk(params.top_k, dim=-1)
         else:
             targets_n = ops.to_device(list(params.targets), torch.int64, self.device)
-            scores_mk, places_mk = scores_mv[:, targets_n].topk(min(params.top_k, len(targets_n)), dim=-1)
-            ids_mk = targets_n[places_mk]
+            scores_mk, best_mk = scores_mv[:, targets_n].topk(min(params.top_k, len(targets_n)), dim=-1)
+            ids_mk = targets_n[best_mk]
         return torch.stack((ids_mk.float(), scores_mk), dim=1)
 
     def _vectors(self, hidden_th: Tensor, counts: Sequence[int]) -> Tensor:

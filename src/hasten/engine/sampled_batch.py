@@ -68,7 +68,7 @@ class MaskedRows:
         given = {row: sequence.constraint for row, sequence in sequences.items()}
         self._constraints = {row: own for row, own in given.items() if own is not None}
         self._allowed = {row: own for row in sequences if (own := edits[row].allowed) is not None}
-        self._places = [*self._constraints, *self._allowed]
+        self._masked_rows = [*self._constraints, *self._allowed]
         self._rows = rows
         self._masks: Masks | None = None
 
@@ -77,7 +77,7 @@ class MaskedRows:
 
         On a CPU it is the same object each time, with other bits.
         """
-        if not self._places:
+        if not self._masked_rows:
             return None
         if self._masks is None or device.type != "cpu":
             self._masks = self._laid_out(vocab, device)
@@ -87,14 +87,14 @@ class MaskedRows:
 
     def _laid_out(self, vocab: int, device: torch.device) -> Masks:
         words = max([-(-vocab // 32), *(own.words for own in self._constraints.values())])
-        host_kw = host_buffer((len(self._places), words), device)
+        host_kw = host_buffer((len(self._masked_rows), words), device)
         masks: Integers = host_kw.numpy()
         for mask, own in zip(masks[len(self._constraints) :], self._allowed.values(), strict=True):
             mask[: len(own)], mask[len(own) :] = own, 0
         self._fill(host_kw)
         if self._masks is None:
             index: Integers = np.full(self._rows, -1, np.int32)
-            index[self._places] = np.arange(len(self._places))
+            index[self._masked_rows] = np.arange(len(self._masked_rows))
             index_r = ops.to_device(index, torch.int32, device)
         else:
             index_r, _ = self._masks

@@ -109,15 +109,15 @@ def add_scratch(held: Storage) -> None:
 
 def storage(spec: Workload) -> Storage:
     """All that a container of the user's image mounts."""
-    made = shared_storage(spec)
+    mounted = shared_storage(spec)
     for number, (_, path) in enumerate(mounts(spec.config_file, "--config-file")):
         source = {"configMap": {"name": f"{object_name(spec)}-config"}}
-        made.add("config", source, path, subPath=config_key(number), readOnly=True)
+        mounted.add("config", source, path, subPath=config_key(number), readOnly=True)
     for name, path in mounts(getattr(spec, "temp_dir", ()), "--temp-dir"):
-        made.add(name, {"emptyDir": {}}, path)
-    made.add("dshm", {"emptyDir": {"medium": "Memory", "sizeLimit": spec.share_memory or "2Gi"}}, "/dev/shm")
-    add_scratch(made)
-    return made
+        mounted.add(name, {"emptyDir": {}}, path)
+    mounted.add("dshm", {"emptyDir": {"medium": "Memory", "sizeLimit": spec.share_memory or "2Gi"}}, "/dev/shm")
+    add_scratch(mounted)
+    return mounted
 
 
 def object_name(spec: Workload) -> str:

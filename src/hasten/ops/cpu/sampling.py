@@ -76,7 +76,7 @@ def draw(logits_rv: Tensor, draws: Draws) -> Tensor:  # noqa: D103
     probs_rv = reference.probabilities(logits_rv, draws)
     if draws.filters:
         filter_(probs_rv, draws)
-    return _where_finite(reference.places(probs_rv, draws).numpy(), logits_rv)
+    return _where_finite(reference.drawn_indices(probs_rv, draws).numpy(), logits_rv)
 
 
 def filter_(probs_rv: Tensor, draws: Draws) -> None:

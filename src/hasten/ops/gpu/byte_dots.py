@@ -33,8 +33,8 @@ _ONES_OF_BYTES, _ONES_OF_NIBBLES = tl.constexpr(-0x7E7E7E7F), tl.constexpr(-0x66
 
 
 @triton.jit
-def _signed_byte(words, PLACE: tl.constexpr):
-    return (words << (24 - 8 * PLACE)) >> 24
+def _signed_byte(words, BYTE: tl.constexpr):
+    return (words << (24 - 8 * BYTE)) >> 24
 
 
 @triton.jit

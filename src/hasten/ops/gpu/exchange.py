@@ -89,17 +89,17 @@ def _exchange_row(
     own_h = _added_up(own_h, added, added_stride, at_h, valid_h, ADDED).to(dtype)
     low, high = tl.split(own_h.reshape([PAIRS, 2]))
     mine = _pair(low, high) | (number.to(tl.int64) << 32)
-    place = (((number & 1).to(tl.int64) * MAX_ROWS + slot) * RANKS) * (H // 2) + pair
+    offset = (((number & 1).to(tl.int64) * MAX_ROWS + slot) * RANKS) * (H // 2) + pair
     for other in tl.static_range(RANKS):
         if other != RANK:
             theirs = tl.load(addresses + other).to(tl.pointer_type(tl.int64))
-            tl.store(theirs + place + RANK * (H // 2), mine, valid)
+            tl.store(theirs + offset + RANK * (H // 2), mine, valid)
     low = tl.zeros([PAIRS], tl.float32)
     high = tl.zeros([PAIRS], tl.float32)
     for other in tl.static_range(RANKS):
         word = mine
         if other != RANK:
-            at = mailbox + place + other * (H // 2)
+            at = mailbox + offset + other * (H // 2)
             word = tl.load(at, valid, 0, volatile=True)
             polls, over = 0, 0
             while (over == 0) & (tl.max((valid & ((word >> 32) != number)).to(tl.int32), 0) != 0):

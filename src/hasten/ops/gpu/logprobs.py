@@ -79,8 +79,8 @@ def _keep_greatest(image_b, held_b, numbers_b, COUNT: tl.constexpr, out):
     # both counts in one number: fewer than 2048 are above the cut
     counts_b = tl.cumsum(more_b.to(tl.int32) + (equal_b.to(tl.int32) << 11), 0)
     equals_b = counts_b >> 11
-    place_b = (counts_b & 2047) + tl.minimum(equals_b, wanted) - 1
-    tl.store(out + place_b, numbers_b, more_b | (equal_b & (equals_b <= wanted)))
+    slot_b = (counts_b & 2047) + tl.minimum(equals_b, wanted) - 1
+    tl.store(out + slot_b, numbers_b, more_b | (equal_b & (equals_b <= wanted)))
 
 
 @triton.jit

@@ -39,25 +39,25 @@ _BF16_3 = tl.constexpr(
 
 
 @triton.jit
-def quarter(words, PLACE: tl.constexpr, dtype: tl.constexpr, PDL: tl.constexpr):
+def quarter(words, NIBBLE: tl.constexpr, dtype: tl.constexpr, PDL: tl.constexpr):
     """The values at one of the four places of words, less 8; on newer devices of two words at once."""
     if not PDL:
-        value = less((words >> (4 * PLACE)) & 15, 8, dtype)
+        value = less((words >> (4 * NIBBLE)) & 15, 8, dtype)
     elif dtype == tl.float16:
-        if PLACE == 0:
+        if NIBBLE == 0:
             value = tl.inline_asm_elementwise(_FP16_0, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        elif PLACE == 1:
+        elif NIBBLE == 1:
             value = tl.inline_asm_elementwise(_FP16_1, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-        elif PLACE == 2:
+        elif NIBBLE == 2:
             value = tl.inline_asm_elementwise(_FP16_2, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
         else:
             value = tl.inline_asm_elementwise(_FP16_3, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        if PLACE == 0:
+        if NIBBLE == 0:
             value = tl.inline_asm_elementwise(_BF16_0, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-        elif PLACE == 1:
+        elif NIBBLE == 1:
             value = tl.inline_asm_elementwise(_BF16_1, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-        elif PLACE == 2:
+        elif NIBBLE == 2:
             value = tl.inline_asm_elementwise(_BF16_2, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
         else:
             value = tl.inline_asm_elementwise(_BF16_3, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)

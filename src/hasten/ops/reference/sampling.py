@@ -39,14 +39,14 @@ def where_finite(tokens_r: Tensor, best_r: Tensor) -> Tensor:
 
 
 def draw(logits_rv: Tensor, draws: Draws) -> Tensor:  # noqa: D103
-    return where_finite(places(filtered(logits_rv, draws), draws), logits_rv.amax(-1))
+    return where_finite(drawn_indices(filtered(logits_rv, draws), draws), logits_rv.amax(-1))
 
 
-def places(probs_rv: Tensor, draws: Draws) -> Tensor:
+def drawn_indices(probs_rv: Tensor, draws: Draws) -> Tensor:
     """Where the cumulative distribution of what is left of each row reaches its point, [r]."""
     cumulative_rv = probs_rv.cumsum(-1)
-    places_r1 = torch.searchsorted(cumulative_rv, draws.point_r1 * cumulative_rv[:, -1:], right=True)
-    return places_r1.squeeze(1).clamp_(max=probs_rv.shape[1] - 1)
+    drawn_r1 = torch.searchsorted(cumulative_rv, draws.point_r1 * cumulative_rv[:, -1:], right=True)
+    return drawn_r1.squeeze(1).clamp_(max=probs_rv.shape[1] - 1)
 
 
 def floor(probs_rv: Tensor, top_k_r1: Tensor, top_p_r1: Tensor) -> Tensor:

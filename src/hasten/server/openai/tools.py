@@ -28,7 +28,7 @@ _MAX_GRAMMAR = 64 << 10
 """Characters of the grammar that all schemas become."""
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _ALPHANUMERIC = string.ascii_letters + string.digits
-_PLACE = re.compile(r"(?<=: )at \d+\(\d+\): | \d+ \| .*")
+_POSITION = re.compile(r"(?<=: )at \d+\(\d+\): | \d+ \| .*")
 """Where in a grammar an error is."""
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -123,7 +123,7 @@ class ToolUse:
             text = str(error)
             if not text.startswith("grammar "):
                 raise
-            raise OpenAIError(_PLACE.sub("", text).replace("grammar", "tools", 1), param="tools") from None
+            raise OpenAIError(_POSITION.sub("", text).replace("grammar", "tools", 1), param="tools") from None
 
     @property
     def max_calls(self) -> int | None:

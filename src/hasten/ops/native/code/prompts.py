@@ -53,8 +53,8 @@ _sums = stack(4 * _ROWS)
 
 @part
 def _clear(at, size):
-    for place in range(at, at + size, 64):
-        store(place, splat(_f32(0)))
+    for address in range(at, at + size, 64):
+        store(address, splat(_f32(0)))
 
 
 @part

@@ -228,9 +228,9 @@ def _transpose(_context, source, stride, target, apart):
             low = [lane if lane & half == 0 else LANES + lane - half for lane in range(LANES)]
             high = [lane + half if lane & half == 0 else LANES + lane for lane in range(LANES)]
             for first in (row for row in range(LANES) if row & half == 0):
-                one, other = rows[first], rows[first + half]
-                rows[first] = b.shuffle_vector(one, other, ir.Constant(WHOLE, low))
-                rows[first + half] = b.shuffle_vector(one, other, ir.Constant(WHOLE, high))
+                near, far = rows[first], rows[first + half]
+                rows[first] = b.shuffle_vector(near, far, ir.Constant(WHOLE, low))
+                rows[first + half] = b.shuffle_vector(near, far, ir.Constant(WHOLE, high))
         for number, row in enumerate(rows):
             write(b, row, b.add(target, b.mul(apart, ir.Constant(I64, number))))
         return context.get_dummy_value()
