@@ -12,7 +12,7 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, ConfigError
 from hasten.core.model_config import ModelConfig
 from hasten.engine.cache_ranges import measured_ranges
-from hasten.engine.graphs import Sizes
+from hasten.engine.graphs import Sizes, decode_sizes
 from hasten.engine.memory import DEFAULT_MODEL_LEN, explained_out_of_memory, free_memory
 from hasten.engine.pooling import Pooler
 from hasten.engine.runner import Runner
@@ -143,6 +143,7 @@ class CacheSetup:
             sizes = self.runner.graph_sizes(self._most_mixed_tokens()) if graphs else Sizes([], [])
             if not graphs:
                 steps += [(rows, min(rows, sequences)) for rows in ops.library_rows(most)]
+                steps += [(size.tokens, size.tokens) for size in decode_sizes(sequences)]
             steps = [(tokens, count) for tokens, count in steps if tokens <= most and count <= sequences]
             self.runner.compile_kernels(steps, sizes, self.ranks.local_size)
             self.runner.release_cache()
