@@ -80,6 +80,28 @@ def test_whoever_is_fast_both_ranks_get_the_others_part_of_every_sum(slow: int |
             abort_flag.fill_(1)
 
 
+class Gathering(TensorGroup):
+    """Two ranks that are threads: what each gives to gather is what the test says of a rank."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack([tensor - self.rank + rank for rank in range(2)])
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_rank_finds_out_at_the_start_whether_it_reads_what_was_written(wrong: bool) -> None:
+    abort_flag = torch.zeros(1, dtype=torch.int32)
+    ranks = both(abort_flag)
+    if wrong:  # as stale lines of a cache would be
+        stale = torch.zeros_like(ranks[0]._other.slots)
+        ranks[0]._other = replace(ranks[0]._other, slots=stale)
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(ranks[rank].reads_right, Gathering(rank, 2)) for rank in range(2)]
+        try:
+            assert [each.result(timeout=LIMIT_S) for each in found] == [not wrong, True]
+        finally:
+            abort_flag.fill_(1)
+
+
 def test_a_rank_that_failed_is_not_waited_for() -> None:
     sums = both(torch.ones(1, dtype=torch.int32))[0]
     _, theirs = sums.exchanged(FEW + 1, WIDTH, torch.float32, lambda out: None)
@@ -116,9 +138,10 @@ def test_a_row_linear_leaves_both_ranks_parts_to_the_norm(rows: int) -> None:
 
 @pytest.mark.multi_gpu
 def test_ranks_on_gpus_of_their_own() -> None:
-    program = [sys.executable, str(Path(__file__)), str(free_port())]
+    root = Path(__file__).parents[2]
+    program = [sys.executable, "-m", "tests.parallel.test_peer_sums", str(free_port())]
     ranks = [
-        subprocess.Popen([*program, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen([*program, str(rank)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(2)
     ]
     try:

@@ -9,12 +9,17 @@ Shapes: t tokens, h hidden.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hasten import ops
 from hasten.parallel.peer_ring import RingMemory
+
+if TYPE_CHECKING:
+    from hasten.parallel.groups import TensorGroup
 
 SLOTS = 2
 
@@ -58,3 +63,21 @@ class PeerSums:
         ops.set_count(self._other.arrived, self._number)
         ops.await_count(self._own.arrived, self._number, self._abort_flag)
         return own_th, other_th
+
+    def reads_right(self, group: "TensorGroup") -> bool:
+        """Whether what this rank reads of the other's sums is what the group's own way brings, in every slot twice.
+
+        Every rank must call it, before the first sum.
+        """
+        slots = self._own.slots
+        same = torch.ones((), dtype=torch.bool, device=slots.device)
+        for number in range(2 * len(slots)):
+            row = torch.arange(slots.shape[1], dtype=torch.int32, device=slots.device)
+            part = (row * (2 * number + 3) + group.rank).to(torch.uint8).unsqueeze(0)
+            _, other = self.exchanged(1, slots.shape[1], part.dtype, partial(_copy, part))
+            same &= (other == group.all_gather(part)[1 - group.rank]).all()
+        return bool(same)
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    target.copy_(source)

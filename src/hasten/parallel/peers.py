@@ -142,7 +142,13 @@ def connect_sums(
         return None
     assert shared is not None
     own, other = (RingMemory.of(shared[rank], SLOTS) for rank in (group.rank, 1 - group.rank))
-    return PeerSums(own, other, few, abort_flag)
+    sums = PeerSums(own, other, few, abort_flag)
+    if not group.least(int(sums.reads_right(group))):
+        _log.warning(
+            "sums of many rows go through NCCL: GPUs read other numbers from each other than were written there"
+        )
+        return None
+    return sums
 
 
 def _shared(
