@@ -25,8 +25,8 @@ from tests.bench.compile_cases import launchers
 
 from hasten.ops.gpu import cuts
 
-WITHOUT_KERNEL = {"gated_pairs", "pack_experts", "pack_linear", "takes_pairs"}
-"""Launchers of `ops/gpu` that are no op: what an op chooses by, or computes with."""
+WITHOUT_KERNEL = {"gated_pairs", "linear_into", "pack_experts", "pack_linear", "takes_pairs"}
+"""Launchers of `ops/gpu` without a kernel of theirs: what an op chooses by, or computes with; a library's product."""
 MOST = Ceilings(4e12, 800e12)
 TINY = ModelConfig(
     architecture="BloomForCausalLM",

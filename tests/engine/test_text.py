@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import random
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 from hasten.core.errors import CheckpointError
 from hasten.core.types import SamplingParams
 from hasten.engine.text import TextState, Tokenizer
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 
 TEXTS = (
     "The garden, the river: café!",
@@ -252,3 +255,13 @@ def test_folders_without_a_tokenizer(tmp_path: Path, tiny_bloom: Path) -> None:
         Tokenizer.from_folder(tmp_path)
     by_file = Tokenizer.from_folder(tiny_bloom / "tokenizer.json")
     assert by_file.encode("the lamp") == Tokenizer.from_folder(tiny_bloom).encode("the lamp")
+
+
+def test_a_tokenizer_goes_to_another_process_whether_it_is_read_yet_or_not() -> None:
+    for tokenizer in (Tokenizer.deferred(DEMO), Tokenizer.from_folder(DEMO)):
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        assert copy.is_loaded
+        assert copy.decode(copy.encode("Anna took the lamp")) == tokenizer.decode(
+            tokenizer.encode("Anna took the lamp")
+        )
+        assert copy.mask_token == tokenizer.mask_token

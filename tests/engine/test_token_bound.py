@@ -99,7 +99,7 @@ def test_what_must_be_too_long_is_not_tokenized(monkeypatch: pytest.MonkeyPatch)
     assert tokenizer.encode_batch(["a" * 50], most_tokens=50) == [tokenizer.encode("a" * 50)]
     with pytest.raises(TextTooLongError, match="the prompt has 10 tokens, the limit is 9"):
         tokenizer.encode_batch(["Q" * 10], most_tokens=9)
-    monkeypatch.setattr(tokenizer, "_fast", None)
+    monkeypatch.setattr(Tokenizer, "_fast", None)
     with pytest.raises(TextTooLongError, match="the prompt has at least 101 tokens, the limit is 100"):
         tokenizer.encode_batch(["a", "a" * (100 * most + 1)], most_tokens=100)
 

@@ -98,6 +98,13 @@ class Tokenizer:
     def _begin(self, read: "Callable[[], _Files]") -> None:
         self._read, self._lock = read, threading.Lock()
 
+    def __getstate__(self) -> _Files:
+        return self._all().files
+
+    def __setstate__(self, files: _Files) -> None:
+        self._begin(partial(_Files, *files))
+        self.load()
+
     @property
     def is_loaded(self) -> bool:
         """Whether its files have been read."""

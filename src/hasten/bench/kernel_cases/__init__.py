@@ -10,13 +10,14 @@ from hasten.bench.kernel_cases.attention import attention, mean_squares, store_h
 from hasten.bench.kernel_cases.cache import choose_beams, copy_blocks, move_beams, write_cache
 from hasten.bench.kernel_cases.case import TOLERANCE, Call, Case, Outputs, Run
 from hasten.bench.kernel_cases.experts import experts, norm_route, route
-from hasten.bench.kernel_cases.norms import add_norm, embedding_norms, exchange_norm
+from hasten.bench.kernel_cases.norms import add_norm, embedding, embedding_norms, exchange_norm
 from hasten.bench.kernel_cases.products import activations, fp8, gated, layers, linears, project
 from hasten.bench.kernel_cases.sampling import (
     count_tokens,
     draw,
     edit_logits,
     greedy,
+    greedy_of_shards,
     largest,
     mask_logits,
     resolve_ids,
@@ -52,6 +53,7 @@ def cases(setting: Setting) -> list[Case]:
         *(add_norm(setting, rows, products=2) for rows in (1, 64)),
         *(exchange_norm(setting, 64, products) for products in (1, 2)),
         *embedding_norms(setting, (1, 64, 8192)),
+        *(embedding(setting, rows) for rows in (1, 8192)),
         *(write_cache(setting, rows) for rows in (64, 8192)),
         *(copy_blocks(setting, count) for count in (32, 128)),
         *(store_heads(setting, rows) for rows in (1, 64, 8192)),
@@ -68,6 +70,7 @@ def cases(setting: Setting) -> list[Case]:
         *(project(setting, rows, rotated=True) for rows in (1, 16)),
         resolve_ids(setting, 256),
         *(greedy(setting, rows) for rows in (1, 64, 256)),
+        *greedy_of_shards(setting, 64),
         *(draw(setting, rows) for rows in (64, 256)),
         *(edit_logits(setting, rows) for rows in (64, 256)),
         count_tokens(setting, 256),

@@ -84,6 +84,18 @@ def exchange_norm(setting: Setting, rows: int, products: int) -> Case:
     )
 
 
+def embedding(setting: Setting, rows: int) -> Case:
+    """Rows of a shard of the embedding table, which holds half of the vocabulary."""
+    held, hidden = setting.model.vocab_size // 2, setting.model.hidden_size
+
+    def make() -> Call:
+        inputs = (setting.draw_ids(rows), setting.draw(held, hidden), held)
+        return call(ops.embedding, reference.embedding, *inputs)
+
+    nbytes = rows * hidden * setting.itemsize * 3 // 2
+    return Case(op="embedding", shape=rows_text(rows), make=make, nbytes=nbytes, tolerance=0)
+
+
 def embedding_norms(setting: Setting, counts: Iterable[int]) -> Iterator[Case]:
     """Norms of rows of the embedding table."""
     hidden = setting.model.hidden_size

@@ -1,6 +1,6 @@
 """From logits to tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,27 @@ def greedy(setting: Setting, rows: int) -> Case:
 
     nbytes = rows * vocab * setting.itemsize
     return Case(op="greedy", shape=f"{rows_text(rows)} of {vocab}", make=make, nbytes=nbytes, tolerance=0)
+
+
+def greedy_of_shards(setting: Setting, rows: int) -> Iterator[Case]:
+    """What a shard of the vocabulary gives for the choice of all ranks, and that choice."""
+    vocab = setting.model.vocab_size // 2
+
+    def of_keys(keys: Callable[..., Tensor], logits_rv: Tensor) -> Tensor:
+        return reference.tokens_of_keys(keys(logits_rv, vocab))
+
+    def make_keys() -> Call:
+        both = (partial(of_keys, op) for op in (ops.greedy_keys, reference.greedy_keys))
+        return call(*both, setting.draw(rows, vocab, scale=3))
+
+    def make_tokens() -> Call:
+        keys_r = reference.greedy_keys(setting.draw(rows, vocab, scale=3), vocab)
+        return call(ops.tokens_of_keys, reference.tokens_of_keys, keys_r)
+
+    shape = f"{rows_text(rows)} of {vocab}"
+    nbytes = rows * vocab * setting.itemsize
+    yield Case(op="greedy_keys", shape=shape, make=make_keys, nbytes=nbytes, tolerance=0)
+    yield Case(op="tokens_of_keys", shape=rows_text(rows), make=make_tokens, nbytes=12 * rows, tolerance=0)
 
 
 def draw(setting: Setting, rows: int) -> Case:
