@@ -235,6 +235,14 @@ def test_a_warm_up_stores_nothing_and_stays_within_the_tables(tokens: int, seque
         assert result.meta.output_part is None
 
 
+@pytest.mark.parametrize(("max_len", "gathers"), [(1500, False), (2048, True), (100_000, True)])
+def test_a_warm_up_of_one_long_sequence_has_the_kernels_of_long_prompts(max_len: int, gathers: bool) -> None:
+    inputs = Inputs(BlockTables(1, -(-max_len // 16)), 16, PLANNER, CPU)
+    plan = inputs.warmup_tokens(min(8192, max_len), 1).meta.plan
+    assert plan is not None
+    assert (plan.gathers is not None) == gathers
+
+
 # --- steps in graphs --------------------------------------------------------------------------------------------------
 
 

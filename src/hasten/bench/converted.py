@@ -14,8 +14,6 @@ from hasten.bench.engines import GREEDY, Generation, clock, in_batches
 from hasten.core.errors import ConfigError, EngineError, UnsupportedError
 from hasten.core.types import SamplingParams
 
-CTRANSLATE2: tuple[str, ...] = ("ctranslate2", "ctranslate2-int8")
-"""In the type that hasten computes in, and with weights in int8."""
 _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 

@@ -137,7 +137,9 @@ class CacheSetup:
             most, sequences = scheduler.max_num_batched_tokens or 1, scheduler.max_num_seqs
             ranges = None if self.config.cache.eight_bits is None else self.runner.placeholder_ranges
             self.runner.allocate_cache(1, -(-length // self.block_size), ropes, ranges)
-            steps = [(most, sequences), *((_WARMUP_TOKENS, count) for count in _WARMUP_SEQUENCES)]
+            # one sequence as long as may be: keys of long prompts are gathered, by kernels of their own
+            steps = [(most, sequences), (min(most, length), 1)]
+            steps += [(_WARMUP_TOKENS, count) for count in _WARMUP_SEQUENCES]
             steps += [(count, count) for count in (*_WARMUP_SEQUENCES, sequences)]
             graphs = self.pooler is None and not self.config.enforce_eager
             sizes = self.runner.graph_sizes(self._most_mixed_tokens()) if graphs else Sizes([], [])

@@ -1,14 +1,15 @@
-"""How long the phases of an engine's start take."""
+"""How long the phases of an engine's start take.
+
+In order: `device`, a GPU's context; `config`; `weights`; `compile`, kernels of all kinds of steps, by several threads;
+`scales`, those of a cache in 8 bits, where they are measured; `memory`, the largest step, which shows what is left for
+the cache; `cache`; `kernels`, steps of all kinds, which load what they need; `graphs`, the capture of the first of
+them. On a CPU `compile` comes before `weights`, which are packed for the kernels. The tokenizer is read when it is
+first needed.
+"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-PHASES = ("device", "config", "weights", "compile", "scales", "memory", "cache", "kernels", "graphs")
-"""In order, but on a CPU `compile` is before `weights`, which are packed for the kernels. `device`: a GPU's context;
-`compile`: kernels of all kinds of steps, by several threads; `scales`: those of a cache in 8 bits, where they are
-measured; `memory`: the largest step, which shows what is left for the cache; `kernels`: steps of all kinds, which load
-what they need; `graphs`: the capture of the first of them. The tokenizer is read when it is first needed."""
 
 
 class StartTimes:

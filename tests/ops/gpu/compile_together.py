@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -13,7 +14,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hasten import ops
-from hasten.ops.gpu import norm, sampling
+from hasten.ops.gpu import attention, norm, sampling
+from hasten.ops.meta import AttentionMeta
+from hasten.ops.plan import AttentionPlan, Planner
 
 
 def main() -> None:
@@ -59,6 +62,25 @@ def _compute() -> None:
         for rows in (1, 3):
             norm.norm(torch.zeros(rows, 64, dtype=dtype), weight_h, None, 1e-5, rms=True)
     sampling.greedy(torch.zeros(2, 300))
+    _attend_long_prompt()
+
+
+def _attend_long_prompt() -> None:
+    counts, none = np.array([2048]), np.array([0])
+    arrays = Planner(2, 1, multiprocessors=132).plan(none, none, counts, counts)
+    plan = AttentionPlan(None, None, **{name: torch.from_numpy(array) for name, array in arrays.items()})
+    numbers = torch.zeros(2048, dtype=torch.int32)
+    meta = AttentionMeta(
+        num_tokens=2048,
+        block_tables=numbers,
+        slot_mapping=numbers,
+        sequences=[0],
+        query_lens=[2048],
+        kv_lens=[2048],
+        plan=plan,
+    )
+    query_tnd, cache = torch.zeros(2048, 2, 64, dtype=torch.float16), torch.zeros(128, 16, 1, 64, dtype=torch.float16)
+    attention.paged_attention(query_tnd, cache, cache, meta, 0.125, None)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def _absorbed(
     return tl.dot(p_mn.to(v_nd.dtype), v_nd, sum_md, input_precision=PRECISION), weight_m, new_m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _long_tile(
     query,
     keys,
