@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from hasten.core import gpu_start
-from hasten.core.early_weights import folder_of
+from hasten.core.gpu_weights import folder_of
 
 _PROMPT = [1, 2, 3, 4]
 

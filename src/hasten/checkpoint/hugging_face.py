@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -140,12 +140,17 @@ class HuggingFaceSource(Source):
         stored = [self._on_device(source) for source in spec.sources]
         return spec.shard(stored, rank, size, self.config.attention)
 
+    @property
+    def plain_files(self) -> Sequence[Path]:
+        """See Source."""
+        return () if self.pickled or self.format is not None else self.files
+
     def _on_device(self, source: StoredTensor) -> Tensor:
         """A tensor of the files where it is wanted."""
         if source.name not in self._quantized:
             name, path = self._names[source.name]
-            if (early := self.early(path, name)) is not None:
-                return check_tensor(path, name, early, source.shape(self.config))
+            if (arrived := self.arrived(path, name)) is not None:
+                return check_tensor(path, name, arrived, source.shape(self.config))
         return self.upload(self._stored(source))
 
     def weight(self, spec: WeightSpec, rank: int, size: int, dtype: torch.dtype) -> Weight:

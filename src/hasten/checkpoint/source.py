@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,7 +26,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _not_early(_path: Path, _name: str) -> Tensor | None:
+def _nothing(_path: Path, _name: str) -> Tensor | None:
     return None
 
 
@@ -56,8 +56,8 @@ class Source(ABC):
         self.upload: Callable[[Tensor], Tensor] = _as_it_is
         """Where whole tensors of the files are wanted, before they are put into hasten's layout: on a GPU that takes no
         time. As it is for a rank that needs parts of them."""
-        self.early: Callable[[Path, str], Tensor | None] = _not_early
-        """Tensors of the files that are on the device already, by file and name."""
+        self.arrived: Callable[[Path, str], Tensor | None] = _nothing
+        """Tensors of the files that come to the device by another way, by file and name."""
         self.generation_eos: tuple[int, ...] | None = None
         """End tokens that generation_config.json set when the checkpoint was converted."""
 
@@ -76,6 +76,11 @@ class Source(ABC):
     def repeats(self, tie: Tie) -> bool:
         """Whether a tied weight that the files hold has the same values as the one it is tied to."""
         return _equal(self.shard(tie.spec, 0, 1), self.shard(tie.to, 0, 1))
+
+    @property
+    def plain_files(self) -> Sequence[Path]:
+        """Files whose tensors a device may have as they are, in safetensors' form; none where there are no such."""
+        return ()
 
     def files_for(self, spec: WeightSpec, rank: int, size: int) -> Iterable[str]:
         """Names of the manifest's files that `shard` reads."""

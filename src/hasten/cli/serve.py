@@ -120,7 +120,7 @@ def _with_engines_ahead(options: ServeOptions, engine: EngineConfig) -> ServeOpt
     server, the others import torch.
     """
     from hasten.checkpoint.hub import resolve_engine
-    from hasten.core.early_weights import folder_of
+    from hasten.core.gpu_weights import folder_of
     from hasten.parallel.rank import rank_info
     from hasten.server.engine import spawned
 

@@ -6,14 +6,14 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from hasten.core.early_weights import BEGUN
+from hasten.core.gpu_weights import BEGUN
 
 
 def begin(weights: Path | None = None) -> None:
     """Initialize the CUDA driver, if there is one, and have Triton hash its own files, in a thread.
 
     Triton names compiled kernels by that hash, of some hundred megabytes. With the folder of a checkpoint, its
-    `weights` are read to the first GPU, too (`early_weights.py`). Not for programs that fork: a child cannot use an
+    `weights` are read to the first GPU, too (`gpu_weights.py`). Not for programs that fork: a child cannot use an
     initialized driver.
     """
     if weights is not None:

@@ -17,8 +17,8 @@ from hasten.checkpoint.plan import Checkpoint, rank_tensors
 from hasten.checkpoint.source import Source
 from hasten.core.config import EngineConfig
 from hasten.core.dtypes import DTypeName, dtype_name
-from hasten.core.early_weights import BEGUN
 from hasten.core.errors import ConfigError
+from hasten.core.gpu_weights import BEGUN, begun
 from hasten.core.model_config import ModelConfig
 from hasten.core.progress import progress_bar
 from hasten.layers.linear import PackedModule, set_weight
@@ -108,7 +108,7 @@ def _load_weights(
     if within.size == 1:
         source.upload = upload
     nbytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar, _early(source, groups, device):
+    with progress_bar("Loading weights", nbytes, unit="bytes", show=show) as bar, _arriving(source, groups, device):
         for name, loaded in rank_tensors(
             checkpoint,
             within.rank,
@@ -130,24 +130,27 @@ def _load_weights(
 
 
 @contextmanager
-def _early(source: Source, groups: ParallelGroups, device: torch.device) -> Iterator[None]:
-    """A block in which a source has what this process began to read before it had torch."""
-    weights = BEGUN.take()
+def _arriving(source: Source, groups: ParallelGroups, device: torch.device) -> Iterator[None]:
+    """A block in which whole tensors of a source come to a GPU directly, maybe begun before this process had torch."""
+    weights, number = BEGUN.take(), device.index or 0
+    is_alone = groups.world.size == 1 and device.type == "cuda"
+    if weights is None and is_alone and (files := source.plain_files):
+        weights = begun(files, number)
     if weights is None:
         yield
         return
 
     def tensor(path: Path, name: str) -> Tensor | None:
         arrived = weights.take(path, name)
-        return None if arrived is None else ops.arrived_tensor(arrived)
+        return None if arrived is None else ops.arrived_tensor(arrived, device)
 
-    before = source.early
-    if groups.world.size == 1 and device == torch.device("cuda", 0):
-        source.early = tensor
+    before = source.arrived
+    if is_alone and weights.number == number:
+        source.arrived = tensor
     try:
         yield
     finally:
-        source.early = before
+        source.arrived = before
         weights.end()
 
 

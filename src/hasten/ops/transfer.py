@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hasten.core.early_weights import Arrived
+from hasten.core.gpu_weights import Arrived
 from hasten.ops.plan import Integers
 
 _LINE = 32
@@ -77,12 +77,12 @@ _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 """Types of weights, as safetensors calls them."""
 
 
-def arrived_tensor(arrived: Arrived) -> Tensor | None:
-    """A tensor over a GPU's memory that holds it already; None where its type is none of a weight in full precision."""
+def arrived_tensor(arrived: Arrived, device: torch.device) -> Tensor | None:
+    """A tensor over memory of a GPU that holds it; None where its type is none of a weight in full precision."""
     dtype = _STORED.get(arrived.dtype)
     if dtype is None or arrived.nbytes == 0:
         return None
-    whole: Tensor = torch.as_tensor(arrived, device="cuda:0")
+    whole: Tensor = torch.as_tensor(arrived, device=device)
     return whole.view(dtype).view(arrived.shape)
 
 

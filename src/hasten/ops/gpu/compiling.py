@@ -28,13 +28,17 @@ def compiled_together(processes: int) -> Iterator[None]:
     host that compile at the same time.
     """
     assert not any_compiled()
-    missing: dict[str, tuple[JITFunction[Any], str]] = {}
+    missing: dict[str, _Missing] = {}
+    active = driver.active
+    device = active.get_current_device()
     thread = threading.get_ident()
 
     def collect(*, key: str, fn: Any, **details: Any) -> bool:
         if threading.get_ident() != thread:
             return False  # another thread's kernel, which is to be launched
-        missing[fn.name + key] = fn.jit_function, details["compile"]["specialization_data"]
+        if fn.name + key not in missing:
+            compiled, data = fn.jit_function.device_caches[device][0], details["compile"]["specialization_data"]
+            missing[fn.name + key] = _Missing(fn.jit_function, data, compiled, key, thread)
         return True
 
     with knobs.runtime.scope():
@@ -44,20 +48,51 @@ def compiled_together(processes: int) -> Iterator[None]:
             yield
         finally:
             _compiles_only.reset(token)
+            for kernel in missing.values():
+                kernel.leave()
     count = max(1, min(_MOST_THREADS, available_cpus() // processes))
-    active = driver.active
-    device = active.get_current_device()  # each thread has one of its own
+    # each thread has a device of its own
     with ThreadPoolExecutor(count, initializer=active.set_current_device, initargs=(device,)) as threads:
         # What cannot be compiled fails again where it is launched, where the error says in which step.
-        done = [threads.submit(_launcher, function, data) for function, data in missing.values()]
+        done = [threads.submit(kernel.launcher) for kernel in missing.values()]
         for future in done:
             future.exception()
 
 
-def _launcher(function: JITFunction[Any], data: str) -> Any:
-    """What launches a kernel, compiled and loaded: a first launch would build it while the others wait."""
-    kernel = function.preload(data)
-    return None if kernel is None else kernel.run
+class _Missing:
+    """A kernel that is to be compiled. It stands among the compiled ones meanwhile, where launching it does nothing:
+
+    to look a kernel up that is not there takes some ten times as long, and steps of most sizes launch the same.
+    """
+
+    function = packed_metadata = None
+
+    def __init__(
+        self, jit_function: JITFunction[Any], data: str, compiled: dict[str, Any], key: str, thread: int
+    ) -> None:
+        """`compiled`: the kernels of its function, of which it takes the one of this `key`."""
+        self._jit_function, self._data, self._thread = jit_function, data, thread
+        self._compiled, self._key = compiled, key
+        compiled[key] = self
+
+    def leave(self) -> None:
+        """Give the place to the kernel itself."""
+        if self._compiled.get(self._key) is self:
+            del self._compiled[self._key]
+
+    def launch_metadata(self, *_: Any) -> None:
+        """As of a kernel that nobody profiles."""
+
+    def run(self, *arguments: Any) -> None:
+        """Do nothing, but for a thread other than that of the block: that launches its kernels."""
+        if threading.get_ident() != self._thread and (kernel := self._jit_function.preload(self._data)) is not None:
+            grid_and_stream, others = arguments[:4], arguments[7:]
+            kernel.run(*grid_and_stream, kernel.function, kernel.packed_metadata, None, *others)
+
+    def launcher(self) -> Any:
+        """What launches the kernel, compiled and loaded: a first launch would build it while the others wait."""
+        kernel = self._jit_function.preload(self._data)
+        return None if kernel is None else kernel.run
 
 
 def compiles_only() -> bool:

@@ -1,17 +1,18 @@
-"""Weights that are read before torch is there, by a driver whose GPU is the host's memory."""
+"""Weights that are read to a GPU without torch, by a driver whose GPU is the host's memory."""
 
 import ctypes
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hasten.core import early_weights
+from hasten.core import gpu_weights
 from hasten.core.config import EngineConfig
-from hasten.core.early_weights import Arrived, Begun, EarlyWeights, folder_of
+from hasten.core.gpu_weights import Arrived, Begun, GpuWeights, folder_of
 
 
 class HostDriver:
@@ -52,7 +53,12 @@ class HostDriver:
         del self.held[address]
 
     def stream(self) -> Any:
-        return object()
+        stream = object()
+        self.held[id(stream)] = stream
+        return stream
+
+    def free_stream(self, stream: Any) -> None:
+        del self.held[id(stream)]
 
     def copy(self, target: int, source: int, nbytes: int, _stream: Any) -> None:
         self._may("copy")
@@ -79,8 +85,8 @@ def written(path: Path, arrays: Arrays) -> Path:
 @pytest.fixture
 def arrays(monkeypatch: pytest.MonkeyPatch) -> Arrays:
     """Tensors of less than a piece, of some pieces, and empty ones."""
-    monkeypatch.setattr(early_weights, "_PIECE", 1000)
-    monkeypatch.setattr(early_weights, "_LARGE", 1500)
+    monkeypatch.setattr(gpu_weights, "_PIECE", 1000)
+    monkeypatch.setattr(gpu_weights, "_LARGE", 1500)
     random = np.random.default_rng(0)
     shapes = {"small": (3, 5), "none": (0, 4), "piece": (500,), "large": (70, 33), "last": (1,)}
     return {name: random.normal(size=shape).astype(np.float16) for name, shape in shapes.items()}
@@ -94,7 +100,7 @@ def test_tensors_arrive_whole_and_aligned_and_are_freed(tmp_path: Path, arrays: 
     driver, interval = HostDriver(), sys.getswitchinterval()
     first = written(tmp_path / "1", arrays)
     second = written(tmp_path / "2", {"large": arrays["large"] * 2})
-    weights = EarlyWeights([first, second], driver)
+    weights = GpuWeights([first, second], driver)
     for name, array in arrays.items():
         arrived = weights.take(first, name)
         assert arrived is not None
@@ -114,7 +120,7 @@ def test_tensors_arrive_whole_and_aligned_and_are_freed(tmp_path: Path, arrays: 
 
 def test_a_file_that_was_written_anew_is_not_taken(tmp_path: Path, arrays: Arrays) -> None:
     driver = HostDriver()
-    weights = EarlyWeights([written(tmp_path / "1", arrays)], driver)
+    weights = GpuWeights([written(tmp_path / "1", arrays)], driver)
     weights.take(tmp_path / "1", "small")
     written(tmp_path / "1", arrays | {"more": arrays["last"]})
     assert weights.take(tmp_path / "1", "piece") is None
@@ -124,16 +130,41 @@ def test_a_file_that_was_written_anew_is_not_taken(tmp_path: Path, arrays: Array
 
 @pytest.mark.parametrize("fails", ["page_locked", "copy", "wait"])
 def test_nothing_is_taken_of_what_failed(fails: str, tmp_path: Path, arrays: Arrays) -> None:
-    weights = EarlyWeights([written(tmp_path / "1", arrays)], HostDriver(fails=fails))
+    weights = GpuWeights([written(tmp_path / "1", arrays)], HostDriver(fails=fails))
     assert weights.take(tmp_path / "1", "small") is None
+    weights.end()
+
+
+def test_tensors_are_taken_while_others_are_read(
+    tmp_path: Path, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last copy begins only when tensors of the pieces before those in the two buffers have been taken."""
+
+    class Waiting(HostDriver):
+        taken = threading.Event()
+
+        def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+            if nbytes == arrays["last"].nbytes:
+                assert self.taken.wait(60)
+            super().copy(target, source, nbytes, stream)
+
+    monkeypatch.setattr(gpu_weights, "_READERS", 1)
+    driver = Waiting()
+    weights = GpuWeights([written(tmp_path / "1", arrays)], driver)
+    arrived = weights.take(tmp_path / "1", "piece")
+    assert arrived is not None
+    assert bytes_of(arrived) == arrays["piece"].tobytes()
+    driver.taken.set()
+    assert weights.take(tmp_path / "1", "last") is not None
     weights.end()
 
 
 def test_a_file_that_is_too_short_is_left_to_its_reader(tmp_path: Path, arrays: Arrays) -> None:
     path = written(tmp_path / "1", arrays)
     path.write_bytes(path.read_bytes()[:-3])
-    weights = EarlyWeights([path], HostDriver())
-    assert weights.take(path, "small") is None
+    weights = GpuWeights([path], HostDriver())
+    assert weights.take(path, "last") is None
+    weights.end()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +185,7 @@ def test_what_cannot_be_begun_is_no_error(
     path = written(tmp_path / "model.safetensors", arrays)
     if content is not None:
         path.write_bytes(content)
-    monkeypatch.setattr(early_weights, "CudaDriver", lambda: driver)
+    monkeypatch.setattr(gpu_weights, "CudaDriver", lambda _number: driver)
     begun = Begun()
     begun.expect()
     begun.begin(tmp_path)
@@ -168,7 +199,7 @@ def test_what_was_begun_is_taken_once(tmp_path: Path, arrays: Arrays, monkeypatc
     index = {"weight_map": dict.fromkeys(arrays, "a.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     driver = HostDriver()
-    monkeypatch.setattr(early_weights, "CudaDriver", lambda: driver)
+    monkeypatch.setattr(gpu_weights, "CudaDriver", lambda _number: driver)
     begun = Begun()
     assert begun.take() is None
     begun.expect()

@@ -1,8 +1,8 @@
-"""Weights read to a GPU while torch is imported, by the driver's own API: the imports take as long as some GB.
+"""Weights read to a GPU by its driver's own API, which needs no torch: while that is imported, or afterwards.
 
-Threads read a checkpoint's files into page-locked memory, from which the driver copies them. Each read and each call of
-the driver releases Python's lock, which the imports want. What keeps all this from working, such as too little memory,
-is no error: an engine reads what did not arrive as it does without it.
+Threads read a checkpoint's files into page-locked memory, from which the driver copies them: from mapped files each
+page would be waited for. Each read and each call of the driver releases Python's lock, which the imports want. What
+keeps all this from working, such as too little memory, is no error: what did not arrive is read by torch.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class Driver(Protocol):
     """What of a GPU's driver is needed here. Addresses are numbers; OSError where a call fails."""
 
     def enter(self) -> None:
-        """Let this thread work with the GPU that torch calls cuda:0, in the context that torch uses."""
+        """Let this thread work with the GPU, in the context that torch uses."""
 
     def free_bytes(self) -> int:
         """Memory that is left."""
@@ -61,6 +62,9 @@ class Driver(Protocol):
     def stream(self) -> Any:
         """A queue of copies."""
 
+    def free_stream(self, stream: Any) -> None:
+        """Give a queue back."""
+
     def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
         """Begin to copy from the host to the GPU."""
 
@@ -69,12 +73,13 @@ class Driver(Protocol):
 
 
 class CudaDriver:
-    """CUDA's driver, initialized."""
+    """CUDA's driver, initialized, with the GPU of this number."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
-        self._context = ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), 0)
+        self._context, device = ctypes.c_void_p(), ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(device), number)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
 
     def _call(self, name: str, *arguments: Any) -> None:
         if code := getattr(self._library, name)(*arguments):
@@ -117,6 +122,10 @@ class CudaDriver:
         self._call("cuStreamCreate", ctypes.byref(handle), 1)  # waits for no other stream
         return handle
 
+    def free_stream(self, stream: Any) -> None:
+        """See Driver."""
+        self._call("cuStreamDestroy_v2", stream)
+
     def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
         """See Driver."""
         arguments = (ctypes.c_uint64(target), ctypes.c_void_p(source), ctypes.c_size_t(nbytes), stream)
@@ -125,6 +134,16 @@ class CudaDriver:
     def wait(self, stream: Any) -> None:
         """See Driver."""
         self._call("cuStreamSynchronize", stream)
+
+
+@dataclass
+class _Buffer:
+    """Page-locked memory of a reader."""
+
+    address: int
+    stream: Any
+    piece: "_Piece | None" = None
+    """What the driver copies from it."""
 
 
 class DeviceMemory:
@@ -203,22 +222,34 @@ class _File(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Bytes of a file, and where they go."""
+    """Bytes of a tensor in a file, and where they go."""
 
+    tensor: "_Coming"
     descriptor: int
     offset: int
     nbytes: int
     target: int
 
 
-class EarlyWeights:
-    """The tensors of some safetensors files on their way."""
+class _Coming:
+    """A tensor of which pieces are still to come."""
 
-    def __init__(self, files: list[Path], driver: Driver) -> None:
-        """Begin to read them. OSError, ValueError, KeyError or TypeError where that cannot be."""
+    def __init__(self) -> None:
+        self.pieces = 0
+        """How many."""
+
+
+class GpuWeights:
+    """The tensors of some safetensors files on their way to a GPU, in the order of the files."""
+
+    def __init__(self, files: Sequence[Path], driver: Driver, number: int = 0) -> None:
+        """Begin to read them to this GPU. OSError, ValueError, KeyError or TypeError where that cannot be."""
         self._driver = driver
-        self._tensors: dict[tuple[str, str], Arrived] = {}
+        self.number = number
+        """Of the GPU."""
+        self._coming: dict[tuple[str, str], tuple[_Coming, Arrived]] = {}
         self._pieces: list[_Piece] = []
+        self._changed = threading.Condition()
         self._failed = False
         driver.enter()
         self._files: list[_File] = []
@@ -251,68 +282,94 @@ class EarlyWeights:
         *offsets, total = itertools.accumulate((-(-each.nbytes // _ALIGNMENT) for each in small), initial=0)
         shared = DeviceMemory(self._driver, max(total, 1) * _ALIGNMENT) if small else None
         starts = {entry.name: offset * _ALIGNMENT for entry, offset in zip(small, offsets, strict=True)}
-        for entry in file.entries:
+        for entry in sorted(file.entries, key=lambda entry: entry.begin):
             own = shared if entry.name in starts else None
             memory = own or DeviceMemory(self._driver, entry.nbytes)
             arrived = Arrived(memory, starts.get(entry.name, 0), entry.nbytes, entry.dtype, entry.shape)
-            self._tensors[file.path, entry.name] = arrived
+            coming = _Coming()
+            self._coming[file.path, entry.name] = coming, arrived
             for at in range(0, entry.nbytes, _PIECE):
                 nbytes = min(_PIECE, entry.nbytes - at)
                 offset = file.begin + entry.begin + at
-                self._pieces.append(_Piece(file.descriptor, offset, nbytes, arrived.address + at))
+                self._pieces.append(_Piece(coming, file.descriptor, offset, nbytes, arrived.address + at))
+                coming.pieces += 1
 
     def _read(self) -> None:
         """What each reader does: pieces, until none is left."""
-        buffers: list[tuple[int, Any]] = []
+        buffers: list[_Buffer] = []
         try:
             self._driver.enter()
-            buffers += ((self._driver.page_locked(_PIECE), self._driver.stream()) for _ in range(2))
-            for turn in itertools.cycle(buffers):
+            buffers += (_Buffer(self._driver.page_locked(_PIECE), self._driver.stream()) for _ in range(2))
+            for buffer in itertools.cycle(buffers):
+                self._empty(buffer)
                 number = next(self._next)
                 if self._failed or number >= len(self._pieces):
                     break
-                self._fetch(self._pieces[number], *turn)
-        except OSError:
-            self._failed = True
+                self._fetch(self._pieces[number], buffer)
+            for buffer in buffers:
+                self._empty(buffer)
+        except OSError as error:
+            _log.debug("weights cannot be read to the GPU directly: %s", error)
+            self._fail()
         finally:
             with suppress(OSError):
-                for address, stream in buffers:
-                    self._driver.wait(stream)
-                    self._driver.free_page_locked(address)
+                for buffer in buffers:
+                    self._driver.wait(buffer.stream)
+                    self._driver.free_stream(buffer.stream)
+                    self._driver.free_page_locked(buffer.address)
 
-    def _fetch(self, piece: _Piece, address: int, stream: Any) -> None:
-        self._driver.wait(stream)  # the GPU may still be at what the buffer had before
-        buffer = memoryview((ctypes.c_char * piece.nbytes).from_address(address)).cast("B")
+    def _fail(self) -> None:
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+    def _empty(self, buffer: "_Buffer") -> None:
+        """Wait until the GPU has what a buffer had."""
+        piece, buffer.piece = buffer.piece, None
+        if piece is None:
+            return
+        self._driver.wait(buffer.stream)
+        with self._changed:
+            piece.tensor.pieces -= 1
+            if piece.tensor.pieces == 0:
+                self._changed.notify_all()
+
+    def _fetch(self, piece: _Piece, buffer: "_Buffer") -> None:
+        memory = memoryview((ctypes.c_char * piece.nbytes).from_address(buffer.address)).cast("B")
         done = 0
         while done < piece.nbytes:
-            count = os.preadv(piece.descriptor, [buffer[done:]], piece.offset + done)
+            count = os.preadv(piece.descriptor, [memory[done:]], piece.offset + done)
             if count == 0:
                 raise OSError("the file has become shorter")
             done += count
-        self._driver.copy(piece.target, address, piece.nbytes, stream)
+        self._driver.copy(piece.target, buffer.address, piece.nbytes, buffer.stream)
+        buffer.piece = piece
 
-    def _await(self) -> None:
+    def take(self, path: Path, name: str) -> Arrived | None:
+        """A tensor of a file, once it has arrived, and only once; None where there is none, or reading failed.
+
+        The file must be as it was when reading began.
+        """
+        if self._states.get(str(path)) != _state(path) or (str(path), name) not in self._coming:
+            return None
+        coming, arrived = self._coming[str(path), name]
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or coming.pieces == 0)
+        if coming.pieces:
+            return None  # something may still be written there: it goes at the end
+        del self._coming[str(path), name]
+        return arrived
+
+    def end(self) -> None:
+        """Let go of what was not taken, once nothing is written to it any more."""
+        self._fail()
         for reader in self._readers:
             reader.join()
         if self._files:
             self._close()
             sys.setswitchinterval(self._interval)
-
-    def take(self, path: Path, name: str) -> Arrived | None:
-        """A tensor of a file, once all have arrived, and only once; None where there is none.
-
-        The file must be as it was when it was read.
-        """
-        self._await()
-        if self._failed or self._states.get(str(path)) != _state(path):
-            return None
-        return self._tensors.pop((str(path), name), None)
-
-    def end(self) -> None:
-        """Let go of what was not taken."""
-        self._failed = True
-        self._await()
-        self._tensors.clear()
+        self._coming.clear()
+        self._pieces.clear()
 
 
 def _state(path: Path) -> tuple[int, ...]:
@@ -336,24 +393,33 @@ def folder_of(config: EngineConfig) -> Path | None:
     return None
 
 
+def begun(files: Sequence[Path], number: int) -> GpuWeights | None:
+    """Begin to read files to the GPU of this number; None where that cannot be. CUDA's driver is initialized."""
+    try:
+        return GpuWeights(files, CudaDriver(number), number)
+    except (OSError, AttributeError, ValueError, KeyError, TypeError) as error:
+        _log.debug("weights are not read to GPU %d directly: %s", number, error)
+        return None
+
+
 class Begun:
-    """What a thread of this process has begun to read, or is about to."""
+    """What a thread of this process has begun to read before torch is there, or is about to."""
 
     def __init__(self) -> None:
         self._is_known = threading.Event()
         self._is_known.set()
-        self._weights: EarlyWeights | None = None
+        self._weights: GpuWeights | None = None
 
     def expect(self) -> None:
         """A thread is about to call `begin` or `give_up`, and `take` waits for it."""
         self._is_known.clear()
 
     def begin(self, folder: Path) -> None:
-        """Begin to read the weights of a folder; CUDA's driver is initialized."""
+        """Begin to read the weights of a folder to the first GPU; CUDA's driver is initialized."""
         try:
-            self._weights = EarlyWeights(_files(folder), CudaDriver())
-        except (OSError, AttributeError, ValueError, KeyError, TypeError) as error:
-            _log.debug("weights are not read before torch is there: %s", error)
+            self._weights = begun(_files(folder), 0)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.debug("%s: %s", folder, error)
         finally:
             self._is_known.set()
 
@@ -361,7 +427,7 @@ class Begun:
         """Nothing is begun."""
         self._is_known.set()
 
-    def take(self) -> EarlyWeights | None:
+    def take(self) -> GpuWeights | None:
         """What was begun, for who takes it; nothing is left here."""
         self._is_known.wait()
         weights, self._weights = self._weights, None
