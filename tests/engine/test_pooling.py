@@ -1,5 +1,6 @@
 """Vectors and scores of texts through `LLM`: every pooling, what stands before texts, limits and errors."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.checkpoint.pooling import read_pooling
 from hasten.core.errors import EngineError, HastenError
 from hasten.core.types import Request, SamplingParams
-from hasten.engine.pooling import pool
+from hasten.engine.batch import Batch
+from hasten.engine.launched_step import Launched
+from hasten.engine.pooling import normalized, pool
 
 BOUND = 1e-5
 MODES = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
@@ -201,6 +204,45 @@ def test_what_an_encoder_cannot_do(llm: LLM) -> None:
         llm.engine.add(Request(request_id="a", prompt_token_ids=(5,), pooling=PoolingParams(), token_type_ids=(0, 0)))
     assert not llm.engine.has_unfinished
     assert repr(llm).endswith("max_model_len 320, to embed and token_embed)")
+
+
+def test_texts_are_queued_while_steps_are_computed(bert: Path) -> None:
+    """Few wait at any time, a refused one withdraws the others, and Python's collector is left as it was."""
+    with LLM(bert, device="cpu", max_num_batched_tokens=320) as llm:
+        engine, queued, given = llm.engine, list[int](), 0
+
+        def texts(wrong: int | None) -> Iterator[list[int]]:
+            for number in range(60):
+                yield [999_999] if number == wrong else [5 + number] * 40
+
+        launch = engine.worker.launch
+
+        def launched(batch: Batch) -> Launched:
+            nonlocal given
+            given += len(batch.sequences)
+            queued.append(len(engine.requests.states))
+            assert not gc.isenabled()
+            return launch(batch)
+
+        engine.worker.launch = launched  # type: ignore[method-assign]  # what it has is looked at
+        outputs = llm.embed(texts(None))
+        assert [output.prompt_token_ids[0] for output in outputs] == list(range(5, 65))
+        assert given == 60
+        assert max(queued) <= 8 + 16, "a step's, and those that are queued together"
+        given = 0
+        with pytest.raises(InvalidRequestError, match=r"prompts\[50\]: the text has token id 999999"):
+            llm.embed(texts(50))
+        assert 0 < given <= 50
+        assert not engine.has_unfinished
+        assert gc.isenabled()
+        (again,) = llm.embed([[5] * 40])
+        assert again.outputs.embedding == pytest.approx(outputs[0].outputs.embedding, abs=BOUND)
+
+
+def test_vectors_of_length_one() -> None:
+    vectors_sw = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-20, 0.0], [1e-3, -1e-3]])
+    expected = torch.nn.functional.normalize(vectors_sw, dim=-1)
+    torch.testing.assert_close(normalized(vectors_sw), expected, rtol=1e-6, atol=0)
 
 
 def test_withdrawn_texts_leave_nothing(llm: LLM) -> None:

@@ -49,6 +49,27 @@ def test_a_step_takes_what_comes_first_as_far_as_there_is_room() -> None:
     assert texts.has_work, "none was finished"
 
 
+def test_there_is_room_until_the_next_step_is_full() -> None:
+    texts = scheduler(10, 3)
+    for lengths, room in (((4, 5), True), ((1,), False)):
+        for length in lengths:
+            assert texts.has_room
+            texts.add(text(length))
+        assert texts.has_room == room
+    texts.schedule()
+    assert texts.has_room
+    for _ in range(3):
+        texts.add(text(1))
+    assert not texts.has_room, "as many texts as a step takes"
+    texts.finish(texts.waiting[0].key)
+    assert texts.has_room
+    texts.add(text(20))
+    assert texts.schedule().counts == [1, 1]
+    assert not texts.has_room
+    assert texts.schedule().counts == [20]
+    assert texts.has_room
+
+
 def test_a_text_is_forgotten_wherever_it_stands() -> None:
     texts, given = scheduler(4, 4), [text(4), text(3), text(2)]
     for each in given:

@@ -31,7 +31,7 @@ from hasten.core.types import (
     SamplingParams,
 )
 from hasten.engine.llm import LLM, output_copy, prompt_request
-from hasten.engine.prompts import ParsedPrompt, Prompt, params_for_each, parse_prompts
+from hasten.engine.prompts import ParsedPrompt, Prompt, given_prompts, params_for_each, parse_prompts
 from hasten.engine.request_state import Output
 from hasten.engine.texts import Instruction, TextRequests
 
@@ -186,7 +186,7 @@ class AsyncLLM:
         params = pooling_params or PoolingParams(task=pooler.tasks[0])
         pooler.check(params)
         texts = TextRequests(pooler.pooling.texts, engine.tokenizer, engine.max_model_len)
-        ((_, request),) = _single(texts.of_prompts(prompt, params, Instruction()))
+        ((_, request),) = texts.of_prompts(_single(given_prompts(prompt)), params, Instruction())
         request = replace(request, request_id=self._id(request_id))
         reader = _Reader[PoolingRequestOutput[PooledOutput]](asyncio.get_running_loop())
         self._call(lambda: self._begin(request, reader))

@@ -223,6 +223,12 @@ class Engine:
             forced[sequence.max_length - sequence.prompt_len - 1] = model.forced_eos_token_ids
         return forced
 
+    @property
+    def has_room_for_texts(self) -> bool:
+        """Whether the texts that wait do not fill the next step."""
+        assert isinstance(self.scheduler, TextScheduler)
+        return self.scheduler.has_room
+
     def add_texts(self, requests: Iterable[Request]) -> None:
         """Queue texts of which vectors or scores are to be made; InvalidRequestError, and none is, where one cannot be.
 

@@ -6,9 +6,11 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
@@ -42,6 +44,8 @@ _NOT_OFFERED = {
 }
 """Methods of vLLM's LLM that there are not, and why."""
 _NOTE_EVERY_S = 0.2
+_TEXTS_QUEUED_TOGETHER = 16
+"""Texts: more would be checked while a GPU waits for the first step."""
 
 
 def output_copy(output: RequestOutput) -> RequestOutput:
@@ -343,15 +347,36 @@ class LLM(PoolingMethods):
         except InvalidRequestError as error:
             raise _located(error, {request.request_id: where}) from None
 
-    def _queue_texts(self, requests: Sequence[tuple[str, Request]]) -> list[str]:
-        """Queue requests of texts, whose ids count from the next; their ids. All of them or none."""
-        ids = [request.request_id for _, request in requests]
+    def _finished_texts(
+        self, requests: Iterable[tuple[str, Request]], count: int, doing: str, *, show_progress: bool
+    ) -> list[tuple[str, Output]]:
+        """The outputs of texts, `count` of them, in order, each behind what messages call it.
+
+        Requests, whose ids count from the next, are queued for a step while the device computes the one before. Once
+        one is refused, all are withdrawn.
+        """
+        coming, positions, finished = iter(requests), dict[str, str](), dict[str, Output]()
         try:
-            self.engine.add_texts(request for _, request in requests)
-        except InvalidRequestError as error:
-            raise _located(error, {request.request_id: where for where, request in requests}) from None
-        self._next_id += len(ids)
-        return ids
+            with progress_bar(doing, count, show=show_progress and count > 1) as bar, _uncollected():
+                meter = _Meter(self.engine, bar)
+                while len(finished) < count:
+                    self._queue_texts(coming, positions)
+                    outputs = self.engine.step()
+                    finished.update((output.request_id, output) for output in outputs)
+                    meter.advance(len(outputs))
+        finally:
+            self._abandon(list(positions), finished)
+        return [(where, finished[request_id]) for request_id, where in positions.items()]
+
+    def _queue_texts(self, coming: Iterator[tuple[str, Request]], positions: dict[str, str]) -> None:
+        """Queue texts until they fill a step, and add what messages call them to `positions`, by their ids."""
+        while self.engine.has_room_for_texts and (group := list(islice(coming, _TEXTS_QUEUED_TOGETHER))):
+            positions |= {request.request_id: where for where, request in group}
+            self._next_id += len(group)
+            try:
+                self.engine.add_texts(request for _, request in group)
+            except InvalidRequestError as error:
+                raise _located(error, positions) from None
 
     def _token_ids(self, prompts: list[ParsedPrompt]) -> list[tuple[int, ...]]:
         texts = [prompt.text for prompt in prompts if prompt.token_ids is None and prompt.text is not None]
@@ -363,6 +388,21 @@ class LLM(PoolingMethods):
             for request_id in ids:
                 if request_id not in finished:
                     self._engine.abort(request_id)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A block without collections of garbage.
+
+    They look at each token id of all texts and results, of which none is garbage, for longer than a GPU has work.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Meter:

@@ -21,7 +21,7 @@ from hasten.core.types import (
 from hasten.engine.engine import Engine
 from hasten.engine.fill_mask import target_ids, with_texts
 from hasten.engine.pooling import Pooler
-from hasten.engine.prompts import Prompt
+from hasten.engine.prompts import Prompt, given_prompts
 from hasten.engine.request_state import Output
 from hasten.engine.texts import Instruction, TextRequests, instruction, text_pairs
 
@@ -29,9 +29,10 @@ from hasten.engine.texts import Instruction, TextRequests, instruction, text_pai
 class PoolingMethods(ABC):
     """The methods of an `LLM` whose model gives vectors or scores.
 
-    All of them raise InvalidRequestError, before anything is computed, where the model is for another task or a text
-    cannot be served, and EngineError where one could not be computed. For several texts a bar on standard error shows
-    how far they are, if that is a terminal; `use_tqdm=False` does without.
+    All of them raise InvalidRequestError where the model is for another task or a text cannot be served, and
+    EngineError where one could not be computed; there are no results then. The first texts are computed while the next
+    are tokenized and checked. For several texts a bar on standard error shows how far they are, if that is a terminal;
+    `use_tqdm=False` does without.
     """
 
     _next_id: int
@@ -46,10 +47,9 @@ class PoolingMethods(ABC):
     def _check_free(self) -> None: ...
 
     @abstractmethod
-    def _queue_texts(self, requests: Sequence[tuple[str, Request]]) -> list[str]: ...
-
-    @abstractmethod
-    def _finished(self, ids: Sequence[str], doing: str, *, show_progress: bool) -> list[Output]: ...
+    def _finished_texts(
+        self, requests: Iterable[tuple[str, Request]], count: int, doing: str, *, show_progress: bool
+    ) -> list[tuple[str, Output]]: ...
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -151,7 +151,8 @@ class PoolingMethods(ABC):
             return self._cosines(pairs, truncate_prompt_tokens, use_tqdm=use_tqdm)
         params = _params("score", None, truncate_prompt_tokens)
         pooler.check(params)
-        outputs = self._outputs(self._requests().of_pairs(pairs, params), "scoring", use_tqdm=use_tqdm)
+        requests = self._requests().of_pairs(pairs, params)
+        outputs = self._outputs(requests, len(pairs), "scoring", use_tqdm=use_tqdm)
         return cast("list[PoolingRequestOutput[ScoringOutput]]", outputs)
 
     def _cosines(
@@ -194,18 +195,20 @@ class PoolingMethods(ABC):
         pooler = self._pooler(params.task)
         pooler.check(params)
         before = instruction(pooler.pooling.texts, prompt, prompt_name) if params.task == "embed" else Instruction()
-        return self._outputs(self._requests().of_prompts(prompts, params, before), "encoding", use_tqdm=use_tqdm)
+        given = given_prompts(prompts)
+        requests = self._requests().of_prompts(given, params, before)
+        return self._outputs(requests, len(given), "encoding", use_tqdm=use_tqdm)
 
     def _outputs(
-        self, requests: Sequence[tuple[str, Request]], doing: str, *, use_tqdm: bool
+        self, requests: Iterable[tuple[str, Request]], count: int, doing: str, *, use_tqdm: bool
     ) -> list[PoolingRequestOutput[PooledOutput]]:
         self._check_free()
-        ids = self._queue_texts(requests)
-        outputs = self._finished(ids, doing, show_progress=use_tqdm)
-        pooled = [output for output in outputs if isinstance(output, PoolingRequestOutput)]
-        for (where, _), output in zip(requests, pooled, strict=True):
+        pooled: list[PoolingRequestOutput[PooledOutput]] = []
+        for where, output in self._finished_texts(requests, count, doing, show_progress=use_tqdm):
+            assert isinstance(output, PoolingRequestOutput)
             if isinstance(output.outputs, FailedOutput):
                 raise EngineError(f"{where}: {output.outputs.error}")
+            pooled.append(output)
         return pooled
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import accumulate, chain, repeat
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
@@ -35,6 +36,8 @@ from hasten.layers.classifier import Classifier, MaskedWords
 _OF_TOKENS: tuple[PoolingTask, ...] = ("token_embed", "token_classify")
 _LOGITS_ROWS = 256
 """Masks whose logits are there at a time: a vocabulary of 250,000 words takes 1 MB for each."""
+_LEAST_LENGTH = np.float32(1e-12)
+"""Shorter vectors are divided by this."""
 _NOT_FINITE = "the hidden states are not finite; compute in fp32 or bf16 (dtype)"
 _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -62,6 +65,17 @@ def pool(hidden_th: Tensor, counts: Sequence[int], mode: Pooling) -> Tensor:
         weights_s = lengths_s * (lengths_s + 1) // 2
     total_sh = torch.segment_reduce(wide_th, "sum", lengths=lengths_s, axis=0, unsafe=True)
     return total_sh / (weights_s.sqrt() if mode == "mean_sqrt_len" else weights_s).unsqueeze(1)
+
+
+def normalized(vectors: Tensor) -> Tensor:
+    """Vectors of length 1, those of zeros as they are: [..., w] in fp32 on the host.
+
+    By numpy, in this thread: torch's threads wait for each other, which on busy CPUs may take as long as the next step
+    takes a GPU.
+    """
+    numbers = vectors.numpy()
+    lengths = np.sqrt(np.square(numbers).sum(-1, keepdims=True))
+    return torch.from_numpy(numbers / np.maximum(lengths, _LEAST_LENGTH))
 
 
 class Pooled:
@@ -244,7 +258,8 @@ class Pooler:
                 found |= {index: _of_masks(words[index]) for index in indices}
             else:
                 assert vectors_sw is not None
-                found |= zip(indices, self._of_texts(each, vectors_sw[indices]), strict=True)
+                own_sw = torch.from_numpy(vectors_sw.numpy()[indices])
+                found |= zip(indices, self._of_texts(each, own_sw), strict=True)
         return found
 
     def _of_tokens(self, params: PoolingParams, rows_tw: Tensor) -> PooledOutput:
@@ -257,7 +272,7 @@ class Pooler:
             "classify": ClassificationOutput,
             "score": lambda scores: ScoringOutput(scores[0]),
         }
-        make, finite = kinds[params.task], vectors_sw.isfinite().all(-1).tolist()
+        make, finite = kinds[params.task], np.isfinite(vectors_sw.numpy()).all(-1).tolist()
         results_sw = self._results_of(params, vectors_sw)
         # who reads a vector's numbers as Python's pays for them, which takes longer than all else here
         values = results_sw.numpy() if params.task == "embed" else results_sw.tolist()
@@ -274,7 +289,7 @@ class Pooler:
             vector = vector[..., : params.dimensions]
         by_default = self.pooling.normalize and params.task == "embed"
         normalize = by_default if params.normalize is None else params.normalize
-        return F.normalize(vector, dim=-1) if normalize else vector
+        return normalized(vector) if normalize else vector
 
     def _activated(self, logits: Tensor) -> Tensor:
         assert self.config.classifier is not None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from operator import index
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from hasten.core.errors import InvalidRequestError
 from hasten.core.text import require_utf8
@@ -47,17 +47,34 @@ class ParsedPrompt:
     cache_salt: str = ""
 
 
-def parse_prompts(prompts: Prompt | Iterable[Prompt]) -> list[ParsedPrompt]:
-    """One prompt or several; InvalidRequestError names the position of one that is of no known form."""
+class GivenPrompt(NamedTuple):
+    """One prompt as the caller gave it."""
+
+    where: str
+    """What messages call it."""
+    given: Any
+
+    def parsed(self) -> ParsedPrompt:
+        """Its text or token ids; InvalidRequestError names one that is of no known form."""
+        return _parsed(self.where, _listed(self.given))
+
+
+def given_prompts(prompts: Prompt | Iterable[Prompt]) -> list[GivenPrompt]:
+    """One prompt or several, as they were given; InvalidRequestError where they are neither."""
     given = _listed(prompts)
     if isinstance(given, str | Mapping):
-        return [_parsed("the prompt", given)]
+        return [GivenPrompt("the prompt", given)]
     if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
         raise InvalidRequestError(f"the prompt must be {_ACCEPTED}, or a list of those; got {_shown(given)}")
     # ids of one prompt, unless the first item is a prompt itself
     if given and not isinstance(_listed(given[0]), str | Mapping | Sequence | None):
-        return [_parsed("the prompt", given)]
-    return [_parsed(f"prompts[{number}]", _listed(prompt)) for number, prompt in enumerate(given)]
+        return [GivenPrompt("the prompt", given)]
+    return [GivenPrompt(f"prompts[{number}]", prompt) for number, prompt in enumerate(given)]
+
+
+def parse_prompts(prompts: Prompt | Iterable[Prompt]) -> list[ParsedPrompt]:
+    """One prompt or several; InvalidRequestError names the position of one that is of no known form."""
+    return [prompt.parsed() for prompt in given_prompts(prompts)]
 
 
 def _listed(given: Any) -> Any:

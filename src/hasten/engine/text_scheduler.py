@@ -65,10 +65,19 @@ def as_ids(token_ids: Iterable[int]) -> NDArray[np.int32]:
 class TextScheduler(Scheduler):
     """A scheduler of texts alone."""
 
+    _waiting_tokens = 0
+    """Of the texts that wait."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a further text might be in the next step."""
+        return len(self.waiting) < self._max_joint and self._waiting_tokens < self._max_tokens
+
     def add(self, sequence: Sequence) -> None:
         """Queue a text behind all others."""
         self._register_key(sequence)
         self.waiting.append(sequence)
+        self._waiting_tokens += sequence.prompt_len
         sequence.is_waiting = True
 
     def schedule(self, prompt_tokens: int | None = None) -> Batch:
@@ -88,6 +97,7 @@ class TextScheduler(Scheduler):
             room -= count
         batch.sampled = list(range(len(sequences)))
         self.prompt_tokens += self._max_tokens - room
+        self._waiting_tokens -= self._max_tokens - room
         self.stats.steps += 1
         self._next_number += bool(sequences)
         return batch
@@ -107,3 +117,4 @@ class TextScheduler(Scheduler):
         sequence = self._sequences.pop(key, None)
         if sequence is not None and sequence.is_waiting:
             self.waiting.remove(sequence)
+            self._waiting_tokens -= sequence.prompt_len

@@ -1,6 +1,6 @@
 """What callers of `LLM` give to have vectors or scores made of it: texts, token ids and pairs, with their prompts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hasten.core.errors import InvalidRequestError
@@ -8,8 +8,11 @@ from hasten.core.model_config import TextConfig
 from hasten.core.text import require_utf8
 from hasten.core.types import PoolingParams, Request
 from hasten.engine.fill_mask import masks_of
-from hasten.engine.prompts import ParsedPrompt, Prompt, parse_prompts
+from hasten.engine.prompts import GivenPrompt, ParsedPrompt
 from hasten.engine.text import Tokenizer, Tokens
+
+_TOKENIZED_TOGETHER = 256
+"""Texts: the tokenizer's threads share them out, and a GPU has them computed sooner than the next are ready."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +53,34 @@ class TextRequests:
         self._longest = longest
 
     def of_prompts(
-        self, prompts: Prompt | Iterable[Prompt], params: PoolingParams, before: Instruction
-    ) -> list[tuple[str, Request]]:
-        """A request of each text or list of token ids, with what messages call it."""
-        parsed = parse_prompts(prompts)
-        texts = [before.text + prompt.text for prompt in parsed if prompt.token_ids is None and prompt.text is not None]
-        encoded = iter(self._encoded(texts, params))
-        skipped = 0 if before.counts or not before.text else self._length(before.text)
+        self, prompts: Sequence[GivenPrompt], params: PoolingParams, before: Instruction
+    ) -> Iterator[tuple[str, Request]]:
+        """A request of each text or list of token ids, with what messages call it, as they are wanted.
 
-        def request(number: int, prompt: ParsedPrompt) -> Request:
-            tokens = next(encoded) if prompt.token_ids is None else Tokens(prompt.token_ids, ())
-            found = self._request(number, tokens, params, prompt.text, 0 if prompt.token_ids else skipped)
-            if params.task != "fill_mask":
-                return found
-            return replace(found, masks=masks_of(self._tokenizer, found.prompt_token_ids))
+        InvalidRequestError names a prompt that is of no known form when its turn comes.
+        """
+        for start, stop in _groups(len(prompts)):
+            parsed = [prompt.parsed() for prompt in prompts[start:stop]]
+            plain = [prompt.text for prompt in parsed if prompt.token_ids is None and prompt.text is not None]
+            encoded = iter(self._encoded([before.text + text for text in plain], params))
+            skipped = self._length(before.text) if plain and before.text and not before.counts else 0
+            for number, prompt in enumerate(parsed, start):
+                tokens = next(encoded) if prompt.token_ids is None else Tokens(prompt.token_ids, ())
+                yield prompt.where, self._of_prompt(number, prompt, tokens, params, skipped)
 
-        return [(prompt.where, request(number, prompt)) for number, prompt in enumerate(parsed)]
+    def _of_prompt(
+        self, number: int, prompt: ParsedPrompt, tokens: Tokens, params: PoolingParams, skipped: int
+    ) -> Request:
+        found = self._request(number, tokens, params, prompt.text, 0 if prompt.token_ids else skipped)
+        if params.task != "fill_mask":
+            return found
+        return replace(found, masks=masks_of(self._tokenizer, found.prompt_token_ids))
 
-    def of_pairs(self, pairs: Sequence[tuple[str, str]], params: PoolingParams) -> list[tuple[str, Request]]:
-        """A request of each pair of texts, which the tokenizer's own means distinguish."""
-        encoded = self._encoded(pairs, params)
-        return [
-            (f"pair {number}", self._request(number, tokens, params, None, 0)) for number, tokens in enumerate(encoded)
-        ]
+    def of_pairs(self, pairs: Sequence[tuple[str, str]], params: PoolingParams) -> Iterator[tuple[str, Request]]:
+        """A request of each pair of texts, which the tokenizer's own means distinguish, as they are wanted."""
+        for start, stop in _groups(len(pairs)):
+            for number, tokens in enumerate(self._encoded(pairs[start:stop], params), start):
+                yield f"pair {number}", self._request(number, tokens, params, None, 0)
 
     def _request(self, number: int, tokens: Tokens, params: PoolingParams, text: str | None, skipped: int) -> Request:
         types = tuple(tokens.type_ids) if any(tokens.type_ids) else ()
@@ -104,6 +112,11 @@ class TextRequests:
         plain = self._tokenizer.encode(text, add_special_tokens=False)
         ending = len(tokens.ids) - len(plain) - _common(tokens.ids, plain)
         return len(tokens.ids) - max(0, ending)
+
+
+def _groups(count: int) -> Iterator[tuple[int, int]]:
+    """Where groups of texts that are tokenized together begin and end."""
+    return ((start, min(start + _TOKENIZED_TOGETHER, count)) for start in range(0, count, _TOKENIZED_TOGETHER))
 
 
 def _common(whole: Sequence[int], part: Sequence[int]) -> int:

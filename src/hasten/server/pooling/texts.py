@@ -7,6 +7,7 @@ from typing import TypeVar
 from hasten.core.errors import InvalidRequestError
 from hasten.core.types import PoolingParams, Request
 from hasten.engine.fill_mask import no_mask
+from hasten.engine.prompts import given_prompts
 from hasten.engine.text import TextTooLongError, Tokenizer
 from hasten.engine.texts import Instruction, TextRequests
 from hasten.server.by_size import by_size
@@ -49,7 +50,7 @@ class TextReader:
         tokenizer = self._checked_tokenizer(texts)
 
         def tokenize(piece: Sequence[str]) -> list[tuple[str, Request]]:
-            return self._requests.of_prompts(list(piece), self._params, before)
+            return list(self._requests.of_prompts(given_prompts(piece), self._params, before))
 
         return await self._tokenized(tokenizer, texts, tokenize)
 
@@ -58,7 +59,7 @@ class TextReader:
         tokenizer = self._checked_tokenizer([text for pair in pairs for text in pair])
 
         def tokenize(piece: Sequence[Pair]) -> list[tuple[str, Request]]:
-            return self._requests.of_pairs(piece, self._params)
+            return list(self._requests.of_pairs(piece, self._params))
 
         return await self._tokenized(tokenizer, pairs, tokenize)
 
@@ -110,9 +111,8 @@ class TextReader:
                 raise InvalidRequestError(
                     f"{self._name}[{number}] has token id {wrong}; the vocabulary ends at {vocab - 1}"
                 )
-        return self._checked(
-            0, self._requests.of_prompts([ids[:limit] for ids in prompts], self._params, _NO_INSTRUCTION)
-        )
+        given = given_prompts([ids[:limit] for ids in prompts])
+        return self._checked(0, list(self._requests.of_prompts(given, self._params, _NO_INSTRUCTION)))
 
     def _too_long(self, number: int, count: str) -> TextLengthError:
         return TextLengthError(
