@@ -151,12 +151,14 @@ class Inputs:
         *,
         causal: bool = True,
         has_encoder: bool = False,
+        consecutive: bool = False,
     ) -> None:
         """`run`: that of `AttentionMeta`. `causal`: whether tokens see those before them alone.
 
-        `has_encoder`: whether they see what an encoder left, too.
+        `has_encoder`: whether they see what an encoder left, too. `consecutive`: whether all steps are of texts whose
+        blocks follow each other, as `AttentionMeta` says, for kernels of a GPU.
         """
-        self.causal, self.has_encoder = causal, has_encoder
+        self.causal, self.has_encoder, self.consecutive = causal, has_encoder, consecutive
         self.tables = tables
         self.run = run
         self.block_size = block_size
@@ -198,11 +200,19 @@ class Inputs:
         first_blocks = np.cumsum(blocks) - blocks
         positions = np.arange(len(ids)) - np.repeat(first_rows, counts)
         slots = positions + np.repeat(first_blocks * self.block_size, counts)
-        tables = first_blocks[:, None] + np.arange(self._width(counts))
-        # behind a text's end nothing is read of its row
-        tables = np.minimum(tables, int(blocks.sum()) - 1).astype(np.int32)
+        tables = first_blocks[:, None]
+        if not self._reads_first_blocks(counts):
+            # behind a text's end nothing is read of its row
+            tables = np.minimum(tables + np.arange(self._width(counts)), int(blocks.sum()) - 1)
+        tables = tables.astype(np.int32)
         work = _Work(own, first_rows, counts, counts)
         return Step(ids=ids, positions=positions, slots=slots, tables=tables, work=work, part=None, causal=self.causal)
+
+    def _reads_first_blocks(self, lengths: Integers) -> bool:
+        """Whether of texts of these lengths the first block's number is all that is read."""
+        if self.planner is None or not self.consecutive:
+            return False
+        return not self.planner.gathers_any(lengths, lengths, causal=self.causal)
 
     def _laid_out(self, token_ids: list[int] | Numbers, rows: list[int], first: list[int], lengths: list[int]) -> Step:
         """Tokens of sequences with these rows of the tables; of each, `first` are computed and `lengths` come."""
@@ -284,7 +294,8 @@ class Inputs:
         if self.planner is None:
             return {}
         starts = work.sequences * seen.tables.shape[1]
-        plan = self.planner.plan(starts, work.first_rows, work.counts, work.kv_lens, causal=seen.causal)
+        lengths = work.counts, work.kv_lens
+        plan = self.planner.plan(starts, work.first_rows, *lengths, causal=seen.causal, consecutive=self.consecutive)
         return {prefix + name: array for name, array in plan.items()}
 
     def sections(self, tokens: int, outputs: int | None, max_sequences: int) -> Sections:
@@ -345,6 +356,7 @@ class Inputs:
             kv_lens=work.kv_lens.tolist(),
             output_indices=None if seen else tensors.get(f"{part}indices"),
             plan=divided,
+            consecutive=self.consecutive,
             run=self.run,
             output_part=output_part,
             cross=cross,

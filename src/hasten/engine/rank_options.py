@@ -15,9 +15,9 @@ _LEAST_STEP_TOKENS = 1024
 _TEXT_STEP_TOKENS = {"cpu": 1, "cuda": 32_768}
 """Tokens of a step of texts of which vectors or scores are made, at least: nobody waits for the end of a step, and a
 GPU takes a third less time over as many tokens in larger steps (docs/performance.md)."""
-_STEP_BLOCK = 64
-"""Least tokens of a block of a cache that holds one step's texts, on a GPU: nobody shares blocks, and fewer of them are
-less work for the host."""
+_STEP_BLOCK = 1
+"""Tokens of a block of a cache that holds one step's texts, on a GPU: each token's keys and values lie in its own row,
+where a product may leave them."""
 
 
 def resolve_scheduler(config: SchedulerConfig, device: torch.device, stages: int = 1) -> SchedulerConfig:
@@ -42,7 +42,7 @@ def scheduler_of_texts(config: SchedulerConfig, given: SchedulerConfig, device: 
 
 def block_size_of(config: CacheConfig, device: torch.device, *, keeps_cache: bool) -> int:
     """Tokens in a block of the cache."""
-    return config.block_size if keeps_cache or device.type != "cuda" else max(config.block_size, _STEP_BLOCK)
+    return config.block_size if keeps_cache or device.type != "cuda" else _STEP_BLOCK
 
 
 def check_options(config: EngineConfig, model: ModelConfig, quantization: str | None, ranks: int) -> None:

@@ -117,7 +117,14 @@ class Runner:
         planner = Planner.of(self.device, first.num_heads, first.num_kv_heads, run=run, max_kv_len=longest)
         causal = first.config.causal
         self._inputs = Inputs(
-            tables, self.block_size, planner, self.device, run, causal=causal, has_encoder=has_encoder
+            tables,
+            self.block_size,
+            planner,
+            self.device,
+            run,
+            causal=causal,
+            has_encoder=has_encoder,
+            consecutive=not self._keeps_cache and planner is not None,
         )
         caches: list[Tensor] = []
         for number, attentions in enumerate(self._attentions):

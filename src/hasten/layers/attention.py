@@ -110,14 +110,22 @@ class Attention(nn.Module):
 
         In the `last` layer only for the tokens of `meta.output_part`, where there is one; all leave keys and values.
         """
-        caches = (self.key_cache, self.value_cache)
         transform, scales = self._transform(positions_t), self.cache_scales
-        query_tnd = self.qkv(x_th, *caches, meta.slot_mapping, transform, scales=scales)
+        query_tnd, keys, values = self.qkv(
+            x_th,
+            self.key_cache,
+            self.value_cache,
+            meta.slot_mapping,
+            transform,
+            scales=scales,
+            consecutive=meta.consecutive,
+        )
         if last and meta.output_part is not None:
             meta = meta.output_part
         out_tnd = ops.paged_attention(
             query_tnd,
-            *caches,
+            keys,
+            values,
             meta,
             self.scale,
             self.slopes_n,

@@ -132,21 +132,25 @@ class QKVLinear(_Linear):
         transform: ops.HeadTransform | None = None,
         *,
         scales: ops.CacheScales | None = None,
-    ) -> Tensor:
-        """Queries [t, n, d]; keys and values go to the caches. Queries and keys are changed by `transform` before.
+        consecutive: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [t, n, d], and the caches that keys and values are in. Queries and keys are changed by `transform`.
 
-        `scales`: those of caches of 8 bits.
+        `scales`: those of caches of 8 bits. `consecutive`: as in `AttentionMeta`; keys and values may then be in other
+        memory than the given caches.
         """
         heads, caches = self.heads.num_heads, (key_cache, value_cache)
         if transform is None or self.heads.qk_norm != "rms_of_all_heads":
             operands = (x_th, self.packed, self.bias, *caches, slots_t, heads, transform)
-            return ops.project(*operands, clip=self.clip, scales=scales)
+            if consecutive:
+                return ops.project_consecutive(*operands, clip=self.clip)
+            return ops.project(*operands, clip=self.clip, scales=scales), *caches
         qkv_to = ops.clipped(ops.linear(x_th, self.packed, self.bias), self.clip)
         sizes = heads, self.heads.num_kv_heads, self.heads.head_size
         # key heads that several ranks hold count as often on each, so the mean stays what it is
         squares_t2 = self.group.all_reduce(ops.mean_squares(qkv_to, *sizes, self.group.size))
         transform = replace(transform, mean_squares_t2=squares_t2)
-        return ops.store_heads(qkv_to, *caches, slots_t, heads, transform, scales=scales)
+        return ops.store_heads(qkv_to, *caches, slots_t, heads, transform, scales=scales), *caches
 
 
 class RowLinear(_Linear):

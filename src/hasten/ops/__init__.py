@@ -7,7 +7,15 @@ from hasten.core.model_config import Activation, GatedUnit
 from hasten.ops.beams import BeamChoice, BeamMoves, BeamSearches, BeamStates, Search
 from hasten.ops.block_caches import BlockCaches
 from hasten.ops.cache_scales import CacheScales
-from hasten.ops.dispatch.attention import fixed_run, mean_squares, paged_attention, project, store_heads, write_cache
+from hasten.ops.dispatch.attention import (
+    fixed_run,
+    mean_squares,
+    paged_attention,
+    project,
+    project_consecutive,
+    store_heads,
+    write_cache,
+)
 from hasten.ops.dispatch.beams import choose_beams, copy_blocks, move_beams
 from hasten.ops.dispatch.device import (
     CACHE_DTYPES,
@@ -140,6 +148,7 @@ __all__ = [
     "packs",
     "paged_attention",
     "project",
+    "project_consecutive",
     "recorded",
     "records",
     "relocated",

@@ -34,6 +34,9 @@ class AttentionMeta:
     """[t]: rows of these tokens in the batch that this is the output part of."""
     plan: AttentionPlan | None = None
     """How the kernels of a GPU divide the work; other devices need none."""
+    consecutive: bool = False
+    """Whether the blocks of each sequence follow each other, block by block, in the caches: kernels of a GPU read the
+    first one's number alone."""
     run: int | None = None
     """Keys, from a multiple of this position on, whose part of a softmax is computed by itself and then added to those
     before it, so that a token's sums have the same order in any batch; None: in an order that suits the device."""

@@ -146,25 +146,38 @@ class Planner:
         chosen &= np.cumsum(np.where(chosen, -(-kv_lens // TILE) * TILE, 0)) <= _MAX_GATHERED
         return chosen
 
+    def gathers_any(self, query_lens: Integers, kv_lens: Integers, *, causal: bool) -> bool:
+        """Whether keys of a step are gathered, for which whole block tables are needed."""
+        return self.gathers and causal and self.run is None and bool(self._gathered(query_lens, kv_lens).any())
+
     def plan(
-        self, tables: Integers, query_rows: Integers, query_lens: Integers, kv_lens: Integers, *, causal: bool = True
+        self,
+        tables: Integers,
+        query_rows: Integers,
+        query_lens: Integers,
+        kv_lens: Integers,
+        *,
+        causal: bool = True,
+        consecutive: bool = False,
     ) -> dict[str, Integers]:
         """The arrays of an `AttentionPlan` of a step, as far as there are any.
 
         Of each sequence: where its block table begins among the numbers of all, where its queries begin, how many they
         are, and its keys. `causal`: whether tokens see those before them alone; a single query is a sequence's last
-        token, or has no position, and sees all keys either way.
+        token, or has no position, and sees all keys either way. `consecutive`: see `AttentionMeta`; tiles are for
+        single queries, too, then.
         """
         out_rows = np.cumsum(query_lens) - query_lens
         arrays: dict[str, Integers] = {}
-        several = query_lens > 1
-        if self.gathers and causal and self.run is None and (long := self._gathered(query_lens, kv_lens)).any():
+        several = query_lens > (0 if consecutive else 1)
+        if self.gathers_any(query_lens, kv_lens, causal=causal):
+            long = self._gathered(query_lens, kv_lens)
             several &= ~long
             arrays |= long_tiles(tables[long], query_rows[long], out_rows[long], query_lens[long], kv_lens[long])
         if (which := several.nonzero()[0]).size:
             own = tables[which], query_rows[which], out_rows[which], query_lens[which], kv_lens[which]
             arrays["tiles"] = tiles(*own, causal=causal)
-        if (which := (query_lens <= 1).nonzero()[0]).size:
+        if not consecutive and (which := (query_lens <= 1).nonzero()[0]).size:
             single = tables[which], query_rows[which], out_rows[which], kv_lens[which]
             most = self.max_num_splits(len(which))
             if self.run is None:

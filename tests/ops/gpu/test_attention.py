@@ -19,6 +19,7 @@ from hasten.engine.graphs import Size
 from hasten.engine.inputs import BlockTables, Inputs
 from hasten.engine.sequence import Sequence
 from hasten.engine.step_message import StepMessage, TableRows
+from hasten.engine.text_scheduler import TextSequence
 from hasten.layers.position import alibi_slopes
 from hasten.ops import CACHE_DTYPES, AttentionMeta, CacheScales, reference
 from hasten.ops.gpu import attention, long_attention
@@ -307,6 +308,85 @@ def test_prompts(lengths: Lengths, device: torch.device, assert_close: Close) ->
     assert meta.plan is not None
     assert meta.plan.splits is None
     case.check(meta, assert_close)
+
+
+TEXTS: dict[str, list[int]] = {
+    "one of one token": [1],
+    "around a tile": [63, 64, 65, 1, 129],
+    "short ones": [3, 1, 2, 7, 16],
+    "one of several tiles": [200],
+}
+
+
+@pytest.mark.parametrize("in_cache", [False, True], ids=["in the projection", "in blocks of 4"])
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [
+        (Heads(query=2, kv=2, size=64), {"causal": False}),
+        (Heads(query=4, kv=2, size=24), {"causal": False, "window": 20}),
+        (Heads(query=2, kv=1), {"causal": False, "farthest": 9}),
+        (Heads(query=2, kv=2, size=80), {"causal": True}),
+        (Heads(query=4, kv=2), {"causal": True, "window": 33, "softcap": 3.0}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lengths", TEXTS.values(), ids=list(TEXTS))
+def test_texts_whose_blocks_follow_each_other(
+    lengths: list[int],
+    heads: Heads,
+    options: dict[str, Any],
+    in_cache: bool,
+    device: torch.device,
+    assert_close: Close,
+) -> None:
+    """What lies behind a text, another one's or nobody's, is NaN."""
+    case = Case(heads, torch.float16, device, alibi=False, **options)
+    sizes, block, tokens = (heads.query, heads.kv, heads.kv), 4 if in_cache else 1, sum(lengths)
+    wide = torch.full((tokens + 100, sum(sizes), heads.size), NAN, dtype=torch.float16, device=device)
+    planner = Planner.of(device, *sizes[:2]) or Planner(*sizes[:2], multiprocessors=0)
+    inputs = Inputs(BlockTables(1, 1), block, planner, device, causal=case.causal, consecutive=True)
+    ids = [np.zeros(length, dtype=np.int32) for length in lengths]
+    texts = [TextSequence(Request(request_id="", prompt_token_ids=(0,)), each, len(each), None) for each in ids]
+    batch = Batch(0, list(texts), lengths, lengths, list(range(len(lengths))))
+    meta = inputs.tokens(StepMessage.of_texts(batch)).meta
+    assert meta.plan is not None
+    assert meta.plan.splits is None
+    assert meta.block_tables.shape == (len(lengths), 1)
+    blocks = [-(-length // block) for length in lengths]
+    tables = meta.block_tables + torch.arange(max(blocks), device=device)
+    wide[:tokens] = torch.randn(
+        tokens, *wide.shape[1:], generator=torch.Generator(device).manual_seed(1), device=device
+    )
+    case.query_tnd, keys_tmd, values_tmd = wide.split(sizes, dim=1)
+    case.caches = keys_tmd.unsqueeze(1), values_tmd.unsqueeze(1)
+    if in_cache:
+        caches = torch.full((2, sum(blocks) + 25, block, heads.kv, heads.size), NAN, dtype=torch.float16, device=device)
+        for cache, given in zip(caches, (keys_tmd, values_tmd), strict=True):
+            reference.write_cache(given[:tokens], given[:tokens], cache, cache, meta.slot_mapping)
+        case.caches = caches[0], caches[1]
+    expected = case.expected(replace(meta, block_tables=tables.clamp(max=case.caches[0].shape[0] - 1)))
+    case.query_tnd = case.query_tnd[:tokens]
+    found = case.run(meta)
+    assert_close("tile", found, expected[:tokens])
+    if len(lengths) > 1:  # what of one text is not finite is seen by no other
+        for cache in case.caches:
+            cache.flatten(0, 1)[int(meta.slot_mapping[lengths[0] - 1])] = NAN
+        assert_close("tile", case.run(meta)[lengths[0] :], expected[lengths[0] : tokens])
+
+
+def test_long_texts_are_gathered_by_whole_tables(device: torch.device) -> None:
+    """Texts that see those behind them are not."""
+    for causal, width in ((True, 2048), (False, 1)):
+        planner = Planner(2, 2, multiprocessors=132)
+        inputs = Inputs(BlockTables(1, 1), 1, planner, device, causal=causal, consecutive=True)
+        ids = [np.zeros(length, dtype=np.int32) for length in (2048, 30)]
+        texts = [TextSequence(Request(request_id="", prompt_token_ids=(0,)), each, len(each), None) for each in ids]
+        batch = Batch(0, list(texts), [2048, 30], [2048, 30], [0, 1])
+        meta = inputs.tokens(StepMessage.of_texts(batch)).meta
+        assert meta.plan is not None
+        assert (meta.plan.gathers is not None) == causal
+        assert meta.block_tables.shape == (2, width)
+        assert meta.block_tables[:, 0].tolist() == [0, 2048]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,33 @@ def project(
     )
 
 
+def project_consecutive(
+    x_th: Inputs,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    num_heads: int,
+    transform: HeadTransform | None = None,
+    *,
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`project` for a step whose keys and values no later one reads.
+
+    Caches are [t or more, 1, m, d], and slots are 0 to t - 1, or -1 to store nothing. The queries [t, n, d] come back,
+    and keys and values in that form: those caches, or where the product left them itself.
+    """
+    if x_th.is_cuda:
+        from hasten.ops.gpu import matmul
+
+        return matmul.project_consecutive(
+            x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip
+        )
+    queries_tnd = project(x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform, clip=clip)
+    return queries_tnd, key_cache, value_cache
+
+
 def mean_squares(qkv_to: Tensor, num_heads: int, kv_heads: int, head_size: int, ranks: int) -> Tensor:
     """The mean squares of all queries, and of all keys, of a fused projection [t, o]: [t, 2] in fp32.
 

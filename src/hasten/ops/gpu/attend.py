@@ -98,6 +98,7 @@ def attend(
     CAUSAL: tl.constexpr,
     FARTHEST: tl.constexpr,
     PRECISION: tl.constexpr,
+    CONSECUTIVE: tl.constexpr = False,
 ):
     """Softmax of queries [m, d] over the keys from `begin` to `end`: unscaled sums [m, d], weights [m], tops [m].
 
@@ -105,7 +106,8 @@ def attend(
     not 0, `bias` has what is added for each distance from query to key, up to so far either way. With ONE_BLOCK no
     step of BLOCK_N keys crosses a border between cache blocks, so that a step reads a single block number.
     With AHEAD a step reads the block numbers of the next: Triton loads keys as many stages ahead of their use as it is
-    given only where their addresses do not depend on what the same step reads.
+    given only where their addresses do not depend on what the same step reads. With CONSECUTIVE the blocks follow each
+    other, and `keys` and `values` point to the first of the sequence: there is no table.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -119,16 +121,19 @@ def attend(
     for start in range(begin, end, BLOCK_N):
         key_n = start + n
         held = key_n < end
-        if AHEAD:
-            block_n = next_n
-            next_n = _blocks(table, start + BLOCK_N, end, n, BLOCK_SIZE, ONE_BLOCK)
+        if CONSECUTIVE:
+            at_nd = start * token_stride + lane_nd
         else:
-            block_n = _blocks(table, start, end, n, BLOCK_SIZE, ONE_BLOCK)
-        if ONE_BLOCK:
-            at_nd = block_n * block_stride + (start % BLOCK_SIZE) * token_stride + lane_nd
-        else:
-            at_n = block_n * block_stride + (key_n % BLOCK_SIZE) * token_stride
-            at_nd = at_n[:, None] + d[None, :]
+            if AHEAD:
+                block_n = next_n
+                next_n = _blocks(table, start + BLOCK_N, end, n, BLOCK_SIZE, ONE_BLOCK)
+            else:
+                block_n = _blocks(table, start, end, n, BLOCK_SIZE, ONE_BLOCK)
+            if ONE_BLOCK:
+                at_nd = block_n * block_stride + (start % BLOCK_SIZE) * token_stride + lane_nd
+            else:
+                at_n = block_n * block_stride + (key_n % BLOCK_SIZE) * token_stride
+                at_nd = at_n[:, None] + d[None, :]
         mask_nd = held[:, None] & in_head[None, :]
         k_nd = tl.load(keys + at_nd, mask_nd, 0.0).to(q_md.dtype)
         v_nd = tl.load(values + at_nd, mask_nd, 0.0).to(q_md.dtype)

@@ -56,6 +56,7 @@ def _tile(
     PRECISION: tl.constexpr,
     RUN: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CONSECUTIVE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile of a sequence's queries, of one head, against all keys that they see.
@@ -87,6 +88,8 @@ def _tile(
     if scales is not None:
         scale *= tl.load(scales + head // GROUP)
     base = (head // GROUP).to(tl.int64) * head_stride
+    if CONSECUTIVE:
+        base += tl.load(table).to(tl.int64) * block_stride
     end = position + count
     if RUN:
         end = tl.where(count > 0, end, 0)
@@ -118,7 +121,7 @@ def _tile(
         sum_md, weight_m, top_m = attend(
             q_md, keys + base, values + base, table, begin, end, position + m, last_m, slope_m, biases, block_stride,
             token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW,
-            CAPPED, CAUSAL, FARTHEST, PRECISION,
+            CAPPED, CAUSAL, FARTHEST, PRECISION, CONSECUTIVE,
         )  # fmt: skip
         if sinks is not None:
             sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -165,16 +168,20 @@ def paged_attention(
     slopes = next((biases for biases in (alibi_slopes_n, bias_nr) if biases is not None), query_tnd)
     held = None if scales is None else scales.scales_2m
     shared = (query_tnd, key_cache, value_cache, slopes, sinks_n, held, meta.block_tables)
-    numbers = (query_tnd.stride(0), *key_cache.stride()[:3], scale * LOG2_E, (softcap or 0.0) * LOG2_E)
+    block_stride, token_stride, head_stride, _ = key_cache.stride()
+    if meta.consecutive:
+        token_stride = block_stride // block_size  # that of an axis of one token means nothing
+    numbers = (query_tnd.stride(0), block_stride, token_stride, head_stride)
+    numbers += (scale * LOG2_E, (softcap or 0.0) * LOG2_E)
     wide, group = query_tnd.dtype == torch.float32, heads // kv_heads
     if plan.long_tiles is not None:
         attend_gathered(*shared, plan, out_tnd, scale * LOG2_E, (softcap or 0.0) * LOG2_E, common)
     if plan.tiles is not None:
         whole = scales is None and d <= 128 and not wide and has_warp_groups(query_tnd.device.index)
-        options = _tiles(meta.run, d, block_size, wide, whole)
+        options = _consecutive(d, wide) if meta.consecutive else _tiles(meta.run, d, block_size, wide, whole)
         _tile[(heads, len(plan.tiles), TILE // options["BLOCK_M"])](
             *shared, plan.tiles, out_tnd, *numbers, GROUP=group, COLUMNS=plan.tiles.shape[1], CAUSAL=causal,
-            **options, **common,
+            CONSECUTIVE=meta.consecutive, **options, **common,
         )  # fmt: skip
     if plan.splits is not None:
         parts = _parts(meta, plan.splits, heads, common["BLOCK_D"])
@@ -200,6 +207,16 @@ def _tiles(run: int | None, head_size: int, block_size: int, wide: bool, whole: 
         return {**_fixed(block_size, wide), **together, "RUN": run}
     keys = _product(16 if wide and head_size > 128 else 32, block_size, wide)
     return {**keys, "BLOCK_M": TILE, "AHEAD": False, "RUN": 0, "num_warps": 4, "num_stages": 1 if wide else 2}
+
+
+def _consecutive(head_size: int, wide: bool) -> dict[str, Any]:
+    """The options for tiles of sequences whose blocks follow each other; measured: docs/performance.md."""
+    if wide:
+        keys, stages = 16 if head_size > 128 else 32, 1
+    else:
+        keys, stages = (64, 3) if head_size <= 128 else (32, 2)
+    product = {"BLOCK_N": keys, "ONE_BLOCK": False, "PRECISION": "ieee" if wide else "tf32"}
+    return {**product, "BLOCK_M": TILE, "AHEAD": False, "RUN": 0, "num_warps": 4, "num_stages": stages}
 
 
 def _fixed(block_size: int, wide: bool) -> dict[str, Any]:

@@ -218,6 +218,27 @@ def project(
     return query_tnd
 
 
+def project_consecutive(
+    x_th: Inputs,
+    weight: PackedLinear,
+    bias_o: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots_t: Tensor,
+    num_heads: int,
+    transform: HeadTransform | None = None,
+    *,
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `hasten.ops.project_consecutive`."""
+    if transform is None and not weight.fixed_order and not _serves(x_th, weight):
+        qkv_to = reference.clipped(_library(x_th, weight, bias_o), clip)
+        query_tnd, key_tmd, value_tmd = split_heads(qkv_to, num_heads, key_cache)
+        return query_tnd, key_tmd.unsqueeze(1), value_tmd.unsqueeze(1)
+    operands = (x_th, weight, bias_o, key_cache, value_cache, slots_t, num_heads, transform)
+    return project(*operands, clip=clip), key_cache, value_cache
+
+
 def _serves(x_th: Inputs, weight: PackedLinear, *, split: bool = False) -> bool:
     """Whether these kernels are the ones to take; `split`: for a product that may be cut into parts."""
     rows = x_th.shape[0]
