@@ -19,10 +19,10 @@ from hasten import LLM, InvalidRequestError, PoolingParams
 from hasten.checkpoint.hugging_face import read_hf_config
 from hasten.checkpoint.pooling import read_pooling
 from hasten.core.errors import EngineError, HastenError
-from hasten.core.types import Request, SamplingParams
+from hasten.core.types import PoolingTask, Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.launched_step import Launched
-from hasten.engine.pooling import normalized, pool
+from hasten.engine.pooling import Pooled, Pooler, normalized, pool
 
 BOUND = 1e-5
 MODES = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
@@ -91,6 +91,36 @@ def test_every_pooling(modes: tuple[str, ...], copied: Callable[..., Path], hidd
         for text, found in zip(TEXTS, vectors(llm.embed(TEXTS)), strict=True):
             expected = torch.cat([by_definition(hidden[text], mode) for mode in modes])
             assert (found - expected).abs().max() < BOUND
+
+
+def test_the_last_layer_computes_first_tokens_alone(
+    copied: Callable[..., Path], hidden: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where vectors are made of no others, and beside a text whose tokens are all asked for."""
+    computed: list[int] = []
+    original = Pooler.__call__
+
+    def counted(self: Pooler, hidden_th: Tensor, *args: Any) -> Pooled:
+        computed.append(len(hidden_th))
+        return original(self, hidden_th, *args)
+
+    monkeypatch.setattr(Pooler, "__call__", counted)
+    with LLM(copied([pooling_of("cls_token")]), device="cpu") as llm:
+        found = vectors(llm.embed(TEXTS))
+        for text, vector in zip(TEXTS, found, strict=True):
+            torch.testing.assert_close(vector, hidden[text][0], rtol=0, atol=BOUND)
+        tasks: list[PoolingTask] = ["embed", "token_embed", "embed"]
+        ids = [tuple(llm.tokenizer.encode(text)) for text in TEXTS[:3]]
+        for number, (task, tokens) in enumerate(zip(tasks, ids, strict=True)):
+            params = PoolingParams(task=task)
+            llm.engine.add(Request(request_id=str(number), prompt_token_ids=tokens, pooling=params))
+        outputs: dict[str, Any] = {output.request_id: output.outputs for output in llm.engine.step()}
+    assert computed == [len(TEXTS), 2 + len(ids[1])]
+    for number in (0, 2):
+        torch.testing.assert_close(
+            torch.tensor(outputs[str(number)].embedding), hidden[TEXTS[number]][0], rtol=0, atol=BOUND
+        )
+    torch.testing.assert_close(outputs["1"].data, hidden[TEXTS[1]], rtol=0, atol=BOUND)
 
 
 def test_normalized(llm: LLM, hidden: dict[str, Tensor]) -> None:

@@ -100,13 +100,28 @@ def batch(*texts: TextSequence) -> Batch:
 
 @pytest.mark.parametrize("rows", [None, np.array([5, 9, 6], dtype=np.int32)])
 def test_all_ranks_get_the_same_step(rows: NDArray[np.int32] | None) -> None:
-    message = StepMessage.of_texts(batch(text(3, rows), text(2, masks=(1,), first=40)))
+    given = batch(text(3, rows), text(2, masks=(1,), first=40))
+    message = StepMessage.of_texts(given, needs_first=rows is None)
     assert list(message.ids) == [10, 11, 12, 40, 41]
     assert list(message.positions) == ([] if rows is None else [5, 9, 6, 0, 1])
     assert message.prompt_rows == [4]
     received = StepMessage.unpacked(message.packed())
     for name, value in vars(message).items():
         assert np.array_equal(getattr(received, name), value), name
+
+
+@pytest.mark.parametrize(("needs_first", "rows"), [(True, [0, 3, 4, 5]), (False, [2, 3, 4, 9])])
+def test_hidden_states_that_are_needed(needs_first: bool, rows: list[int]) -> None:
+    lengths, needed = [3, 2, 5], [1, 2, 1]
+    given = batch(*map(text, lengths))
+    given.needed = needed
+    inputs = Inputs(BlockTables(8, 16), 4, None, torch.device("cpu"), causal=False)
+    part = inputs.tokens(StepMessage.of_texts(given, needs_first=needs_first)).meta.output_part
+    assert part is not None
+    assert part.output_indices is not None
+    assert part.output_indices.tolist() == rows
+    assert part.query_lens == needed
+    assert part.kv_lens == lengths
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 4, 16])

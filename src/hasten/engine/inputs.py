@@ -62,11 +62,13 @@ class _Work(NamedTuple):
     kv_lens: Integers
     """[s]: tokens that attention sees."""
 
-    def last(self, needed: Integers) -> "_Work":
-        """The last `needed` tokens of each sequence."""
+    def part(self, needed: Integers, *, first: bool) -> "_Work":
+        """The last `needed` tokens of each sequence, or the first."""
         chosen = needed.nonzero()[0]
         counts = needed[chosen]
-        first_rows = (self.first_rows + self.counts)[chosen] - counts
+        first_rows = self.first_rows[chosen]
+        if not first:
+            first_rows = first_rows + self.counts[chosen] - counts
         return _Work(self.sequences[chosen], first_rows, counts, self.kv_lens[chosen])
 
     @property
@@ -183,7 +185,7 @@ class Inputs:
             step = self._of_texts(message.ids, message.counts)
         if len(message.positions):
             step = replace(step, positions=np.array(message.positions, dtype=np.int64))
-        step = self._needing(step, np.array(message.needed))
+        step = self._needing(step, np.array(message.needed), first=message.needs_first)
         if message.input_rows:
             step = self._crossing(step, np.array(message.input_rows), np.array(message.input_lens))
         if message.encoder_counts:
@@ -231,8 +233,8 @@ class Inputs:
         work = _Work(own, first_rows, counts, kv_lens)
         return Step(ids=ids, positions=positions, slots=slots, tables=tables, work=work, part=None, causal=self.causal)
 
-    def _needing(self, step: Step, needed: Integers) -> Step:
-        return replace(step, part=step.work.last(needed)) if needed.sum() < len(step.ids) else step
+    def _needing(self, step: Step, needed: Integers, *, first: bool = False) -> Step:
+        return replace(step, part=step.work.part(needed, first=first)) if needed.sum() < len(step.ids) else step
 
     def _crossing(self, step: Step, rows: Integers, lengths: Integers) -> Step:
         """The step of sequences for which an encoder left these token counts, in blocks of these rows of the tables."""

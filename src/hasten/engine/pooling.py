@@ -166,15 +166,26 @@ class Pooler:
         """InvalidRequestError where the model cannot do what is asked for."""
         self.info.check(params)
 
+    @cached_property
+    def needs_first(self) -> bool:
+        """Whether hidden states are needed of a text's first tokens, and not of its last.
+
+        Where vectors are made of the first alone, and attention of the last layer looks at no positions: there the
+        queries of a text would else have to be its last tokens.
+        """
+        attention = self.config.attention_of(self.config.num_layers - 1)
+        looks = attention.causal or attention.window is not None or attention.position == "alibi"
+        return self._modes == ("cls",) and self.masked_words is None and not (looks or attention.relative_buckets)
+
     def num_states(self, request: Request) -> int:
-        """How many of a text's last tokens need hidden states."""
+        """How many of a text's last tokens, or first, need hidden states."""
         assert request.pooling is not None
         count = len(request.prompt_token_ids)
         if request.pooling.task in _OF_TOKENS:
             return count
         if request.masks:
             return count - request.masks[0]
-        if self._modes == ("last",):
+        if self._modes == ("last",) or self.needs_first:
             return 1
         return count if "cls" in self._modes else max(1, count - request.skipped_tokens)
 

@@ -85,7 +85,7 @@ class StepMessage:
     counts: list[int]
     """[s]: tokens of each sequence that this step computes."""
     needed: list[int]
-    """[s]: how many of each sequence's last tokens need hidden states."""
+    """[s]: how many of each sequence's last tokens, or first, need hidden states."""
     sampled: list[int]
     """Places among the sequences of those that get a next token."""
     prompt_rows: list[int]
@@ -98,6 +98,8 @@ class StepMessage:
     """[t]: rows of the tokens in the model's table of positions; empty where those are their positions."""
     greedy: bool
     """Whether the most probable token is all that is asked for of any sequence."""
+    needs_first: bool = False
+    """Whether the needed tokens are each sequence's first ones, not its last."""
     moves: list[BeamMove] = field(default_factory=list)
     """Beams whose cache blocks are to follow the last choice before the step computes them."""
     num_chosen: int = 0
@@ -158,7 +160,7 @@ class StepMessage:
         )
 
     @classmethod
-    def of_texts(cls, batch: Batch) -> "StepMessage":
+    def of_texts(cls, batch: Batch, *, needs_first: bool = False) -> "StepMessage":
         """A step of texts, which are computed whole."""
         texts = cast("list[TextSequence]", batch.sequences)
         positions = [text.position_rows for text in texts]
@@ -178,6 +180,7 @@ class StepMessage:
             copies=[],
             positions=np.concatenate(list(ranges)).astype(np.int32) if positions else [],
             greedy=True,
+            needs_first=needs_first,
             num_chosen=len(texts),
         )
 
@@ -229,13 +232,13 @@ class StepMessage:
             self.encoder_rows,
             self.encoder_counts,
         ]
-        single = (self.number, self.num_chosen, self.searches, self.greedy)
+        single = (self.number, self.num_chosen, self.searches, self.greedy, self.needs_first)
         return np.array([*single, *map(len, lists), *chain.from_iterable(lists)], dtype=np.int32)
 
     @classmethod
     def unpacked(cls, numbers: Numbers) -> "StepMessage":
         """The message that `packed` made numbers of."""
-        number, num_chosen, searches, greedy, *lengths = numbers[: _SINGLE + _LISTS].tolist()
+        number, num_chosen, searches, greedy, needs_first, *lengths = numbers[: _SINGLE + _LISTS].tolist()
         content = iter(np.split(numbers, np.cumsum([_SINGLE + _LISTS, *lengths]))[1:])
         ids, rows, starts, counts, needed, sampled, prompt_rows, heads, blocks, copies, positions, moves, *encoder = (
             next(content).tolist() for _ in range(_LISTS)
@@ -262,10 +265,11 @@ class StepMessage:
             encoder_rows=encoder_rows,
             encoder_counts=encoder_counts,
             greedy=bool(greedy),
+            needs_first=bool(needs_first),
         )
 
 
-_SINGLE, _LISTS = 4, 17
+_SINGLE, _LISTS = 5, 17
 
 
 def _listed(numbers: list[int] | Numbers) -> list[int]:

@@ -174,7 +174,10 @@ class Worker:
 
         On rank 0, before the batch is noted as done.
         """
-        message = StepMessage.of(batch, self._tables) if self.pooler is None else StepMessage.of_texts(batch)
+        if self.pooler is None:
+            message = StepMessage.of(batch, self._tables)
+        else:
+            message = StepMessage.of_texts(batch, needs_first=self.pooler.needs_first)
         if (lacking := self.runner.lacking(message)) is not None and self._budget.allows:
             self._do_deferred(lacking)
         if self.ranks.world.size > 1:

@@ -28,6 +28,10 @@ class LayerNorm(nn.Module):
         """
         return ops.norm(self.group.reduced(x_th), self.weight, self.bias, self.eps, reader=reader)
 
+    def alone(self, x_th: Tensor | ops.PartialSum) -> Tensor:
+        """Normalised [t, h], where nobody reads what was normalised."""
+        return ops.norm_alone(self.group.reduced(x_th), self.weight, self.bias, self.eps)
+
 
 class HeadNorm(nn.Module):
     """Weight and bias of a norm of each query head, or each key head, of this rank; `ops.project` computes it."""

@@ -73,9 +73,8 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x_th: Tensor, positions_t: Tensor, meta: AttentionMeta) -> Tensor:
         """Hidden states after this layer: [t, h]."""
-        x_th, _ = self.attention_norm(self.attention(x_th, positions_t, meta, x_th, last=self.last))
-        normed_th: Tensor = self.output_norm(self.mlp(x_th, x_th))[0]
-        return normed_th
+        x_th = self.attention_norm.alone(self.attention(x_th, positions_t, meta, x_th, last=self.last))
+        return self.output_norm.alone(self.mlp(x_th, x_th))
 
 
 class Encoder(Transformer):
@@ -125,7 +124,7 @@ class Encoder(Transformer):
         x_th = self.embedding.normed(inputs, positions_t, self.embedding_norm)
         for layer in self.layers:
             x_th = layer(x_th, positions_t, meta)
-        return x_th if self.final_norm is None else self.final_norm(x_th)[0]
+        return x_th if self.final_norm is None else self.final_norm.alone(x_th)
 
 
 def make_classifier(config: ModelConfig) -> Classifier | None:

@@ -31,7 +31,7 @@ from hasten.ops.dispatch.device import (
     set_count,
 )
 from hasten.ops.dispatch.experts import experts, norm_route, pack_experts, route
-from hasten.ops.dispatch.norms import embedding, embedding_norm, norm, scaled
+from hasten.ops.dispatch.norms import embedding, embedding_norm, norm, norm_alone, scaled
 from hasten.ops.dispatch.products import (
     add_linear,
     cpu_multiplies,
@@ -141,6 +141,7 @@ __all__ = [
     "moved",
     "multiplies",
     "norm",
+    "norm_alone",
     "norm_route",
     "pack_experts",
     "pack_linear",

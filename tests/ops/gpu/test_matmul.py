@@ -12,6 +12,7 @@ from torch import Tensor
 from hasten import ops
 from hasten.ops import PackedLinear, reference
 from hasten.ops.gpu import library, matmul
+from hasten.ops.heads import HeadTransform
 
 # tests/bench/test_kernels.py runs every kernel on every Python
 Close = Callable[[str, Tensor, Tensor], None]
@@ -166,6 +167,29 @@ def assert_projected(found: list[Tensor], expected: list[Tensor], assert_close: 
     for cache, wanted in zip(found[1:], expected[1:], strict=True):
         assert torch.equal(cache.isnan(), wanted.isnan()), "written where nothing belongs, or not where it does"
         assert_close("linear", cache.nan_to_num(0), wanted.nan_to_num(0))
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("rows", [1, 33, 65])
+def test_what_no_later_step_reads_stays_where_the_product_leaves_it(
+    rows: int, turns: bool, device: torch.device
+) -> None:
+    """Few rows go to the caches, as turned heads do; of many others these stay as they are."""
+    n, m, d = 4, 2, 32
+    weight = make_weight((n + 2 * m) * d, 128, torch.float16, device)
+    x, bias = draw(rows, 128, dtype=torch.float16, device=device), draw(256, dtype=torch.float16, device=device)
+    caches, expected = torch.full((2, 2, rows + 3, 1, m, d), NAN, dtype=torch.float16, device=device)
+    slots_t = torch.arange(rows, device=device)
+    transform = None
+    if turns:
+        angles = draw(rows, d // 2, dtype=torch.float32, device=device)
+        transform = HeadTransform(positions_t=slots_t, table_pr=torch.cat((angles.cos(), angles.sin()), dim=1))
+    query = matmul.project(x, weight, bias, expected[0], expected[1], slots_t, n, transform)
+    found = matmul.project_consecutive(x, weight, bias, caches[0], caches[1], slots_t, n, transform)
+    assert torch.equal(found[0], query)
+    for cache, wanted in zip(found[1:], expected, strict=True):
+        assert torch.equal(cache[:rows], wanted[:rows])
+    assert bool(caches.isnan().all()) == (rows == 65 and not turns)
 
 
 def make_slots(rows: int) -> list[int]:

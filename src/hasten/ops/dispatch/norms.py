@@ -76,6 +76,17 @@ def norm(
     return cpu.norms.norm(x_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
 
 
+def norm_alone(
+    x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor | None, eps: float, *, rms: bool = False
+) -> Tensor:
+    """`norm` where nobody reads what was normed: [t, h]. A sum is not rounded to the type of the weight before."""
+    if weight_h.is_cuda:
+        from hasten.ops.gpu import norm as kernels
+
+        return kernels.norm_alone(x_th, weight_h, bias_h, eps, rms=rms)
+    return cpu.norms.norm(x_th, weight_h, bias_h, eps, rms=rms)[0]
+
+
 def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
     """The layer norm of rows of a table: [t, h]."""
     if table_vh.is_cuda:

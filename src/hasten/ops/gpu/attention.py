@@ -171,8 +171,8 @@ def paged_attention(
     block_stride, token_stride, head_stride, _ = key_cache.stride()
     if meta.consecutive:
         token_stride = block_stride // block_size  # that of an axis of one token means nothing
-    numbers = (query_tnd.stride(0), block_stride, token_stride, head_stride)
-    numbers += (scale * LOG2_E, (softcap or 0.0) * LOG2_E)
+    strides = (query_tnd.stride(0), block_stride, token_stride, head_stride)
+    numbers = (*strides, scale * LOG2_E, (softcap or 0.0) * LOG2_E)
     wide, group = query_tnd.dtype == torch.float32, heads // kv_heads
     if plan.long_tiles is not None:
         attend_gathered(*shared, plan, out_tnd, scale * LOG2_E, (softcap or 0.0) * LOG2_E, common)

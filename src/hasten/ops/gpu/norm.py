@@ -210,13 +210,39 @@ def norm(
     sum_ = x_th if isinstance(x_th, PartialSum) else PartialSum(x_th)
     if sum_.peers is not None:
         return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset)
+    total_th = weight_h.new_empty(sum_.shape) if isinstance(x_th, PartialSum) else None
+    normed = _added_norm(sum_, total_th, weight_h, bias_h, eps, rms=rms, unit_offset=unit_offset, reader=reader)
+    return normed, sum_.parts if total_th is None else total_th
+
+
+def norm_alone(
+    x_th: Tensor | PartialSum, weight_h: Tensor, bias_h: Tensor | None, eps: float, *, rms: bool = False
+) -> Tensor:
+    sum_ = x_th if isinstance(x_th, PartialSum) else PartialSum(x_th)
+    if sum_.peers is not None:
+        return exchange_norm(sum_, sum_.peers, weight_h, bias_h, eps, rms=rms, unit_offset=False)[0]
+    normed = _added_norm(sum_, None, weight_h, bias_h, eps, rms=rms, unit_offset=False, reader=None)
+    assert isinstance(normed, Tensor), "nothing reads it rounded"
+    return normed
+
+
+def _added_norm(
+    sum_: PartialSum,
+    total_th: Tensor | None,
+    weight_h: Tensor,
+    bias_h: Tensor | None,
+    eps: float,
+    *,
+    rms: bool,
+    unit_offset: bool,
+    reader: PackedLinear | None,
+) -> Inputs:
+    """The norm of a sum, which is stored in `total_th` too, if that is given."""
     rows, width = sum_.shape
-    settled = isinstance(x_th, PartialSum)
     normed, out, constants = _memory(reader, sum_.shape, weight_h)
-    total_th = weight_h.new_empty(rows, width) if settled else weight_h
     _add_norm[(rows,)](
         *terms_of(sum_, weight_h),
-        total_th,
+        weight_h if total_th is None else total_th,
         weight_h,
         weight_h if bias_h is None else bias_h,
         *out,
@@ -225,14 +251,14 @@ def norm(
         BLOCK_H=triton.next_power_of_2(max(width, constants["WIDTH"])),
         **constants,
         **constants_of(sum_),
-        STORES_TOTAL=settled,
+        STORES_TOTAL=total_th is not None,
         HAS_SHIFT=bias_h is not None,
         RMS=rms,
         OFFSET=unit_offset,
         num_warps=row_warps(width),
         **overlapped(weight_h),
     )
-    return normed, total_th if settled else sum_.parts
+    return normed
 
 
 def _memory(
