@@ -17,6 +17,7 @@ from hasten.cli.options import (
     path,
     sampling_params,
 )
+from hasten.core import torch_import
 from hasten.core.errors import ConfigError, EngineError
 from hasten.core.files import reading
 from hasten.core.text import from_command_line, require_utf8, utf8_lines
@@ -57,6 +58,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print."""
+    torch_import.begin()
     _take_text(args)
     _write_text()
     prompts = _read_prompts(args)

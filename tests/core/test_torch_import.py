@@ -1,0 +1,109 @@
+"""torch with parts that are imported when they are needed: each test in a process that has not imported it yet."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hasten.core import torch_import
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
+BEGIN = """
+import json, sys, types
+from hasten.core import torch_import
+
+def waiting():
+    return sorted(name for name in torch_import._PARTS if type(sys.modules.get(name)) is torch_import._Part)
+"""
+
+
+def printed(program: str) -> Any:
+    """What a program prints as JSON."""
+    code = BEGIN + textwrap.dedent(program)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_installed_torch_is_one_that_this_was_tested_with() -> None:
+    assert ".".join(torch.__version__.split(".")[:2]) in torch_import.VERSIONS
+    assert not torch_import.postpone_parts()  # torch is there
+
+
+def test_a_token_is_computed_without_the_parts() -> None:
+    found = printed(f"""
+        torch_import.begin()
+        from hasten import LLM, SamplingParams
+        with LLM({str(DEMO)!r}, device="cpu") as llm:
+            output = llm.generate("The sea", SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)[0]
+        print(json.dumps([waiting(), output.outputs[0].token_ids]))
+    """)
+    expected = printed(f"""
+        from hasten import LLM, SamplingParams
+        with LLM({str(DEMO)!r}, device="cpu") as llm:
+            output = llm.generate("The sea", SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)[0]
+        print(json.dumps(output.outputs[0].token_ids))
+    """)
+    assert found == [sorted(torch_import._PARTS), expected]
+
+
+def test_a_part_is_there_when_it_is_used() -> None:
+    """By a name in it, by an import of one of its modules, and what it registers after any use."""
+    found = printed("""
+        assert torch_import.postpone_parts()
+        import torch
+        assert waiting() == sorted(torch_import._PARTS)
+        assert torch.export.Dim("n").__name__ == "n"
+        from torch.utils.data.sampler import SequentialSampler
+        assert list(SequentialSampler(range(3))) == [0, 1, 2]
+        assert torch.distributions.Normal(0.0, 1.0).mean == 0
+        import torch.quantization
+        assert not hasattr(torch.quantization, "__wrapped__")
+        rest = waiting()
+        for name in rest:
+            dir(sys.modules[name]), getattr(sys.modules[name], "nothing", None)
+        assert all(type(sys.modules[name]) is types.ModuleType for name in torch_import._PARTS)
+        with torch.device("meta"):
+            shape = torch.ops.aten.linalg_cross(torch.empty(2, 3), torch.empty(2, 3)).shape
+        print(json.dumps([rest, list(shape)]))
+    """)
+    used = {"torch.export", "torch.utils.data", "torch.distributions"}
+    assert found == [sorted(torch_import._PARTS - used), [2, 3]]
+
+
+def test_a_part_runs_once_though_threads_use_it_together() -> None:
+    found = printed("""
+        import threading
+        torch_import.postpone_parts()
+        import torch
+        runs, run = [], torch_import._PartLoader.run
+        torch_import._PartLoader.run = lambda self, module: (runs.append(module.__name__), run(self, module))
+        start = threading.Barrier(8)
+        def use():
+            start.wait()
+            assert torch.distributions.Normal(0.0, 1.0).stddev == 1
+        threads = [threading.Thread(target=use) for _ in range(8)]
+        [each.start() for each in threads], [each.join() for each in threads]
+        print(json.dumps(runs))
+    """)
+    assert found == ["torch.distributions"]
+
+
+@pytest.mark.parametrize("version", ["__version__ = '1.13.1'\n", "nothing"])
+def test_another_version_of_torch_is_imported_whole(version: str, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("from torch import export\n")
+    (tmp_path / "torch" / "export.py").write_text("there = True\n")
+    (tmp_path / "torch" / "version.py").write_text(version)
+    found = printed(f"""
+        sys.path.insert(0, {str(tmp_path)!r})
+        torch_import.begin()
+        import torch
+        print(json.dumps([torch_import.postpone_parts(), "there" in vars(torch.export)]))
+    """)
+    assert found == [False, True]
