@@ -22,7 +22,9 @@ def test_names_and_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", ["tgi", "hf,hf", "openai", "openai=", "", "vllm=http://host"])
 def test_unknown_names(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be compared with; give hf, vllm, ctranslate2, openai=URL or none"):
+    with pytest.raises(
+        ConfigError, match=r"is no engine to compare with; give hf, vllm, ctranslate2, openai=URL or none"
+    ):
         Against.parse(text)
 
 

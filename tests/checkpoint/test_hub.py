@@ -133,6 +133,12 @@ def test_a_download_that_was_cut_off_is_completed(site: HubSite, run: Run, tiny_
         assert (folder / missing).is_file()
 
 
+def test_nothing_is_downloaded_where_the_hub_is_not_to_be_asked(site: HubSite, run: Run) -> None:
+    [offline] = run(f"download_model({ID!r})", HF_HUB_OFFLINE="1")
+    assert offline == f"CheckpointError: {ID} cannot be downloaded while HF_HUB_OFFLINE is set; unset it"
+    assert site.downloaded == []
+
+
 def test_a_tokenizer_or_a_configuration_is_had_without_weights(site: HubSite, run: Run, tiny_bloom: Path) -> None:
     site.put(ID, files_of(tiny_bloom))
     [config, tokenizer] = run(f"resolve_model({ID!r}, part='config')", f"resolve_model({ID!r}, part='tokenizer')")
@@ -170,10 +176,10 @@ def test_what_cannot_be_had_is_one_line_that_says_what_to_do(site: HubSite, run:
         "org/no-weights": "CheckpointError: org/no-weights has no weights that hasten reads, model*.safetensors or",
         "org/xglm": "UnsupportedError: org/xglm: architecture 'XGLMForCausalLM' is not supported; supp",
         "org/a--b": "ConfigError: org/a--b is neither a folder here nor a Hugging Face id:",
-        "no/such/path": "CheckpointError: no/such/path is missing; give the folder of a checkpoint, or a Hugging F",
-        "bloom-560m": "CheckpointError: bloom-560m is missing; give the folder of a checkpoint, or a Hugging Face id",
-        "./org/x": "CheckpointError: org/x is missing",
-        "home/x": "CheckpointError: home/x is missing",
+        "no/such/path": "CheckpointError: there is no folder no/such/path; give the folder of a checkpoint, or a H",
+        "bloom-560m": "CheckpointError: there is no folder bloom-560m; give the folder of a checkpoint, or a Hugging",
+        "./org/x": "CheckpointError: there is no folder org/x;",
+        "home/x": "CheckpointError: there is no folder home/x;",
     }
     run("resolve_model('org/gguf')")  # makes `home`
     found = run(*(f"resolve_model({name!r})" for name in expected))
@@ -217,7 +223,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model("~/model") == tmp_path / "model"
     assert model_name("~/model/2-gpu") == model_name(tmp_path / "model") == "model"
-    with pytest.raises(CheckpointError, match="is missing; give the folder"):
+    with pytest.raises(CheckpointError, match="there is no folder .*; give the folder"):
         resolve_model("~/other")
     monkeypatch.chdir(tmp_path / "model")
     assert resolve_model(".") == Path()

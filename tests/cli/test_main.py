@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,38 @@ def test_output_that_cannot_be_written(
         assert done.stderr.count("\n") == 1
 
 
+def to_a_file(path: str) -> int:
+    return os.open(path, os.O_WRONLY)
+
+
+def to_nobody() -> int:
+    """The end to write to of a pipe whose reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+@pytest.mark.parametrize(
+    ("opened", "status", "message"),
+    [
+        (partial(to_a_file, "/dev/full"), 1, "hasten: error: cannot write the output: No space left on device\n"),
+        (to_nobody, 141, ""),
+    ],
+    ids=["full", "nobody"],
+)
+def test_a_log_that_cannot_be_written_is_no_fault_of_the_folder(
+    tiny_bloom: Path, tmp_path: Path, opened: Callable[[], int], status: int, message: str
+) -> None:
+    output, log = tmp_path / "out", opened()
+    argv = [sys.executable, "-m", "hasten", "convert", "-i", str(tiny_bloom), "-o", str(output)]
+    try:
+        done = subprocess.run(argv, stdout=log, stderr=subprocess.PIPE, text=True, check=False, timeout=LIMIT_S)
+    finally:
+        os.close(log)
+    assert (done.returncode, done.stderr) == (status, message)
+    assert not output.exists()
+
+
 def test_a_closed_standard_error_or_input_disturbs_nothing(model: list[str]) -> None:
     expected = in_shell('"$@"', model)
     done = in_shell('"$@" <&- 2>&-', model)
@@ -189,6 +223,13 @@ def test_what_writes_nothing_to_a_closed_output_succeeds(tiny_bloom: Path, tmp_p
 
 READ_ONLY = "/proc/hasten"
 """A folder that nobody can make, not even root."""
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["demo", "--output-dir", str(file)]) == 2
+    assert capsys.readouterr().err == f"hasten: error: {file} is a file, and a folder is needed there\n"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import argparse
+import re
 from typing import Any
 
 import pytest
@@ -112,12 +113,43 @@ def test_a_home_directory_is_expanded_where_the_shell_did_not(monkeypatch: pytes
         ("the model's tokenizer has no end", "the model's tokenizer has no end"),
         ("max_tokens.json is missing", "max_tokens.json is missing"),
         ("vocab_size 5", "vocab_size 5"),
+        ("temperature must be finite", "--temperature must be finite"),
+        ("regex cannot be compiled", "--regex cannot be compiled"),
+        ("stop holds an empty string", "--stop holds an empty string"),
+        ("device 'gpu' is not known; use a device", "--device 'gpu' is not known; use a device"),
+        ("the seed must be even", "the seed must be even"),
         ("--max-new-tokens is 0", "--max-new-tokens is 0"),
     ],
 )
 def test_errors_name_options_and_not_fields(message: str, shown: str) -> None:
     parser = build_parser().parse_args(["generate", "m", "--prompt", "x"]).parser
     assert parser.named_by_options(message) == shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["generate", "m", "Once upon"],
+            "Once upon; give a text behind --prompt: hasten generate MODEL --prompt 'Once up",
+        ),
+        (["generate", "m", "Once", "upon"], "give a text behind --prompt: hasten generate MODEL --prompt 'Once upon'"),
+        (["embed", "m", "it's"], """give a text behind --text: hasten embed MODEL --text 'it'"'"'s'"""),
+        (["classify", "m", "text"], "give a text behind --text: hasten classify MODEL --text text"),
+        (["fill-mask", "m", "a [MASK]"], "give a text behind --text: hasten fill-mask MODEL --text 'a [MASK]'"),
+        (["generate", "m", "Once", "--max-token", "3"], "Once --max-token 3; did you mean --max-tokens?"),
+        (["serve", "m", "Once"], "unrecognized arguments: Once (see"),
+    ],
+)
+def test_a_text_without_an_option_is_told_where_it_belongs(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_parser().parse_args(argv)
+
+
+def test_an_option_of_one_letter_is_not_the_beginning_of_another() -> None:
+    with pytest.raises(ConfigError, match=r"unrecognized arguments: -p 2 \(see"):
+        build_parser().parse_args(["generate", "m", "-p", "2"])
+    assert build_parser().parse_args(["convert", "-i", "m", "-o", "o", "-p2"]).processes == 2
 
 
 def test_help_has_an_option_once_with_all_its_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,7 +228,7 @@ def test_bad_input_is_one_line(tiny_bloom: Path, tmp_path: Path, hasten_here: "H
     page = str(tmp_path / "page.html")
     for options, message in (
         (("--slo", "ttft=300"), "'ttft=300' is not a limit of a latency"),
-        (("--against", "tgi"), "'tgi' cannot be compared with"),
+        (("--against", "tgi"), "'tgi' is no engine to compare with"),
         (("--price-per-hour", "free"), "'free' is not a price above 0"),
         (("--dataset", str(tmp_path / "none.jsonl")), "cannot read the dataset"),
         (("-o", str(tmp_path / "page.json")), "is what the JSON is called; give the page another ending"),

@@ -299,7 +299,7 @@ def test_a_checkpoint_that_is_none_is_an_error(start: Start, tmp_path: Path) -> 
     server = start(str(tmp_path / "nothing"))
     assert server.end() == 2
     assert server.text == (
-        f"hasten: error: {tmp_path / 'nothing'} is missing; give the folder of a checkpoint, or a "
+        f"hasten: error: there is no folder {tmp_path / 'nothing'}; give the folder of a checkpoint, or a "
         "Hugging Face id such as bigscience/bloom-560m\n"
     )
     (tmp_path / "config.json").write_text("{}")
@@ -307,7 +307,7 @@ def test_a_checkpoint_that_is_none_is_an_error(start: Start, tmp_path: Path) -> 
     assert server.end() == 2
     last = server.text.splitlines()[-1]
     assert last.startswith(f"hasten: error: cannot load {tmp_path}: ")
-    assert "names no architecture" in last
+    assert 'has neither "architectures" nor "model_type"' in last
     assert "fastertransformer" not in last
     assert "Traceback" not in server.text
     wait_until_gone(server)
@@ -392,7 +392,7 @@ def test_a_models_options_are_the_engines_and_its_own() -> None:
     [
         ([], "give either a MODEL or --model-repository"),
         (["m", "--model-repository", "r"], "give either a MODEL or --model-repository"),
-        (["m", "--load-model", "x"], "load model is an option of --model-repository"),
+        (["m", "--load-model", "x"], "--load-model is an option of --model-repository"),
         (["--model-repository", "r", "--max-num-seqs", "3"], "max num seqs is an option of one MODEL"),
         (["--model-repository", "r", "--max-batch", "3"], "max batch is an option of one MODEL"),
         (["m", "--allow-http", "perhaps"], "'perhaps' is neither true nor false"),

@@ -114,4 +114,4 @@ def test_errors(
 def test_a_model_that_generates(tiny_bloom: Path, hasten_here: "Hasten") -> None:
     done = hasten_here("embed", tiny_bloom, "--text", "a")
     assert done.status == 2
-    assert "BloomForCausalLM generates text; it gives no vectors and no scores" in done.err
+    assert "needs a model that gives vectors, scores or labels of texts; BloomForCausalLM generates text" in done.err

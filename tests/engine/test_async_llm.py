@@ -226,7 +226,7 @@ def test_it_has_what_programs_ask_for(llm: AsyncLLM) -> None:
     run(llm.check_health())
     assert run(llm.reset_prefix_cache()) is True
     assert repr(llm).startswith("AsyncLLM('")
-    with pytest.raises(InvalidRequestError, match="gives no vectors"):
+    with pytest.raises(InvalidRequestError, match="needs a model that gives vectors"):
         run(anext(llm.encode("a")))
 
 

@@ -105,8 +105,11 @@ def test_a_bloom_without_a_vocabulary_size_has_that_of_transformers(tmp_path: Pa
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"n_layer": 24}, r'names no architecture; add "architectures": \[NAME\], where NAME is one of BartFor'),
-        ({"architectures": []}, "names no architecture"),
+        (
+            {"n_layer": 24},
+            r'has neither "architectures" nor "model_type", which say what the model is: take config.json from where',
+        ),
+        ({"architectures": []}, 'neither "architectures" nor "model_type"'),
         ({"architectures": "BloomForCausalLM"}, "architectures 'BloomForCausalLM' is not a list of names"),
         (
             {"model_type": "xglm"},

@@ -40,7 +40,7 @@ class Against:
             elif part in IN_PROCESS and part not in engines:
                 engines.append(part)
             elif part != "none":
-                raise ConfigError(f"{part!r} cannot be compared with; give {_FORM}")
+                raise ConfigError(f"{part!r} is no engine to compare with; give {_FORM}")
         for engine in engines:
             if engine != "hf" and find_spec(engine) is None:
                 raise ConfigError(f"{engine} is not installed; run: pip install {engine}, or leave it out of --against")

@@ -243,4 +243,4 @@ def show(title: str, start_s: float, turns: Sequence[Turns]) -> None:
         for caller, spread in turn.values.items():
             ratio = f"{turn.ratios[caller]:.2f} x" if caller in turn.ratios else ""
             rows.append((turn.name, caller, f"{spread.p50:.1f} {turn.unit}", f"{spread.best:.1f}", ratio))
-    print_table(title, ("what", "who", "median", "least", "beside the engine"), rows)
+    print_table(title, ("what", "of", "median", "best", "relative to the engine"), rows)

@@ -97,12 +97,12 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     target.check_model(raw)
     if source.manifest is not None:
         source.manifest.verify(source.folder, source.manifest.files)
-    with clear_errors(job.output_dir), target.prepare() as new:
+    with clear_errors(job.output_dir, report) as tell, target.prepare() as new:
         writer = _writer(job, source, family, raw or {}, new / target.name)
         _check_space(writer.nbytes, new, job.output_dir)
         replaced = target.folder if target.folder.exists() else None
-        report(Opened(source, writer.nbytes, writer.format, f"{source.label} >> {writer.label}", replaced))
-        _write(writer, job, lambda part: report(Wrote(part, target.folder / part.file)))
+        tell(Opened(source, writer.nbytes, writer.format, f"{source.label} >> {writer.label}", replaced))
+        _write(writer, job, lambda part: tell(Wrote(part, target.folder / part.file)))
         copy_side_files(side, new)
 
 

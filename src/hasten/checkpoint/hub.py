@@ -47,7 +47,7 @@ def resolve_model(
     model = _hub_model(os.fspath(name), revision)
     if model is None:
         raise CheckpointError(
-            f"{path} is missing; give the folder of a checkpoint, or a Hugging Face id such as {_EXAMPLE}"
+            f"there is no folder {path}; give the folder of a checkpoint, or a Hugging Face id such as {_EXAMPLE}"
         )
     with readable_errors(model):
         return _from_cache_or_hub(model, part, download_dir, show_progress)

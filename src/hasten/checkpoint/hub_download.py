@@ -173,6 +173,8 @@ def readable_errors(model: HubModel) -> Iterator[None]:
         yield
     except HastenError:
         raise
+    except errors.OfflineModeIsEnabled as error:
+        raise CheckpointError(f"{model.id} cannot be downloaded while HF_HUB_OFFLINE is set; unset it") from error
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{model.id} is gated: accept its conditions at {where}/{model.id}, and log in with `hf auth login` or "

@@ -176,13 +176,13 @@ def write_quantized(
 
     CheckpointError, ConfigError and UnsupportedError say what is wrong and what to do.
     """
-    with clear_errors(str(output)), appearing(output) as folder:
+    with clear_errors(str(output), report) as tell, appearing(output) as folder:
         writer = _Writer(source, scheme, folder)
         for specs in parts_of(source.specs):
             changes = rounding.changes(specs)
-            report(sum(writer.add(spec, changes.get(spec.name)) for spec in specs))
+            tell(sum(writer.add(spec, changes.get(spec.name)) for spec in specs))
             source.release()
-        report(writer.add_rest())
+        tell(writer.add_rest())
         writer.finish()
     experts = source.config.experts is not None
     return Summary(writer.tensors, writer.bytes_before, writer.bytes_after, rounding.error, experts)

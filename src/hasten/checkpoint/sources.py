@@ -35,7 +35,7 @@ def rank_folders(folder: Path) -> dict[int, Path]:
 
 def _not_a_folder(path: Path) -> str:
     if not path.exists():
-        return f"{path} is missing; give the folder of a checkpoint"
+        return f"there is no folder {path}; give the folder of a checkpoint"
     if path.suffix.lower() == ".gguf":
         return f"{path}: GGUF is not supported; give a folder with config.json and safetensors or .bin files"
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):

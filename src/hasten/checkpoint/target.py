@@ -8,9 +8,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hasten.checkpoint.files import read_json
 from hasten.checkpoint.model_files import OF_MODULE, POOLING_FILES, TOKENIZER_FILES
@@ -30,6 +30,8 @@ _OURS = (".bin", ".safetensors", ".ini", ".json")
 _LOCK = ".lock"
 _OLD = "old"
 _MARK = ".hasten-"
+
+Event = TypeVar("Event")
 
 
 class Target:
@@ -134,11 +136,25 @@ def appearing(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def clear_errors(shown: str) -> Iterator[None]:
-    """Turn the system's errors while `shown` is written into CheckpointErrors that say what to do."""
+def clear_errors(shown: str, report: Callable[[Event], None]) -> Iterator[Callable[[Event], None]]:
+    """Turn the system's errors while `shown` is written into CheckpointErrors that say what to do.
+
+    Yields what to report progress by: its own errors, such as those of a closed standard output, stay what they are.
+    """
+    reporting: list[OSError] = []
+
+    def guarded(event: Event) -> None:
+        try:
+            report(event)
+        except OSError as error:
+            reporting.append(error)
+            raise
+
     try:
-        yield
+        yield guarded
     except OSError as error:
+        if any(error is other for other in reporting):
+            raise
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in _FULL:
             raise CheckpointError(

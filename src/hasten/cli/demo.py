@@ -193,7 +193,7 @@ def _show(found: Comparison, *, convert_seconds: float, all_seconds: float) -> N
             ("convert, seconds", "", f"{convert_seconds:.2f}"),
             ("accuracy", f"{found.hf_accuracy:.2f}%", f"{found.accuracy:.2f}%"),
             ("generate calls, seconds", f"{found.hf_seconds:.2f}", f"{found.seconds:.2f}"),
-            ("speed, in Hugging Face's", "1", f"{found.speedup:.2f}"),
+            ("speedup", "1", f"{found.speedup:.2f}"),
             ("samples whose answers differ", "", f"{found.differing} of {found.total}"),
             ("the whole demo, seconds", "", f"{all_seconds:.0f}"),
         ],

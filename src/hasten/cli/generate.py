@@ -40,6 +40,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         description="Continue prompts with a model, greedily unless a temperature is given.",
     )
     parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, or its Hugging Face id")
+    parser.text_option = "--prompt"
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given more than once")
     parser.add_argument(
         "--prompts-file", type=path, metavar="FILE", help="file with one prompt per line; - reads standard input"

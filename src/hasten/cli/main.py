@@ -114,6 +114,8 @@ def _fail(message: str, status: int) -> int:
 def _explained(error: OSError) -> str:
     """An error of the system about a file."""
     where = f"{error.filename} and {error.filename2}" if error.filename2 is not None else error.filename
+    if error.errno == errno.EEXIST:
+        return f"{where} is a file, and a folder is needed there"
     return f"{'cannot write ' if error.errno in _UNWRITABLE else ''}{where}: {error.strerror}"
 
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import re
+import shlex
 import sys
 import types
 import typing
@@ -50,6 +51,9 @@ class _Formatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose options are spelt out, and whose errors are one line that names the nearest option."""
 
+    text_option: str | None = None
+    """The option of texts that users may expect to give without one."""
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _Formatter, **options})
 
@@ -69,11 +73,22 @@ class Parser(argparse.ArgumentParser):
         """
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            nearest = _nearest(rest[0].partition("=")[0], self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(rest)}{nearest}")
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._meant(rest)}")
         if "parser" not in found:
             found.parser = self
         return found, rest
+
+    def _meant(self, rest: Sequence[str]) -> str:
+        """What a user may have meant by arguments that are left over, to stand behind an error."""
+        option = next((word for word in rest if word.startswith("-")), None)
+        if option is not None or self.text_option is None:
+            return _nearest((option or rest[0]).partition("=")[0], self._option_string_actions)
+        text = shlex.quote(" ".join(rest))
+        return f"; give a text behind {self.text_option}: {self.prog} MODEL {self.text_option} {text}"
+
+    def _get_option_tuples(self, option_string: str) -> Any:
+        """What a word that is no option may begin with: an option of one letter, and no beginning of a longer one."""
+        return [found for found in super()._get_option_tuples(option_string) if found[1] == option_string[:2]]
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
@@ -92,11 +107,12 @@ class Parser(argparse.ArgumentParser):
         """A message in which the fields that this command has options for stand under the options' names."""
         flags = {action.dest: _shown_flag(action) for action in self._actions if action.option_strings}
         pattern = r"(?<![\w./'\"-])(%s)(?:=(?:\"([^\"]*)\")?|(?![\w/'\"=-]|\.\w))"
+        about = re.compile(r"\w+(?= must | cannot be | holds | '.*' is not known)").match(message)
         names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
 
         def option_of(found: "re.Match[str]") -> str:
             name, value = found[1], found[2]
-            if "=" not in found[0] and "_" not in name:
+            if "=" not in found[0] and "_" not in name and (about is None or found.span() != about.span()):
                 return found[0]  # a word of the sentence, not the name of a field
             return flags[name] if value is None else f"{flags[name]} {value}"
 
@@ -110,8 +126,10 @@ def _shown_flag(action: argparse.Action) -> str:
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     """A question for the known word that comes nearest, to stand behind an error; empty where none is near."""
-    bare = {name.lstrip("-"): name for name in known if len(name) > 2}  # dashes would make any two options alike
-    found = difflib.get_close_matches(word.lstrip("-"), bare, n=1)
+    # dashes would make any two options alike, and so would a single letter
+    bare = {name.lstrip("-"): name for name in known if len(name) > 2}
+    word = word.lstrip("-")
+    found = difflib.get_close_matches(word, bare, n=1) if len(word) > 1 else []
     return f"; did you mean {bare[found[0]]}?" if found else ""
 
 

@@ -142,7 +142,7 @@ def serve_options(args: argparse.Namespace) -> ServeOptions:
     else:
         unused, why = parts["repository"], "of --model-repository"
     for name in unused:
-        raise ConfigError(f"{name.replace('_', ' ')} is an option {why}")
+        raise ConfigError(f"--{name.replace('_', '-')} is an option {why}")
     return ServeOptions(
         engine=None if args.model is None else EngineConfig.create(args.model, **engine),
         model_repository=tuple(args.model_repository),

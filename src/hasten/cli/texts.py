@@ -30,6 +30,7 @@ class Entry:
 def add_text_options(parser: Parser, *, skip: frozenset[str] = frozenset()) -> None:
     """Add the options for texts, for what is made of them, and for the engine; `skip`: fields of PoolingParams."""
     parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, or its Hugging Face id")
+    parser.text_option = "--text"
     parser.add_argument("--text", action="append", default=[], help="a text; may be given more than once")
     parser.add_argument(
         "--input",

@@ -31,6 +31,7 @@ from hasten.core.types import (
     SamplingParams,
 )
 from hasten.engine.llm import LLM, output_copy, prompt_request
+from hasten.engine.pooling import generates_text
 from hasten.engine.prompts import ParsedPrompt, Prompt, given_prompts, params_for_each, parse_prompts
 from hasten.engine.request_state import Output
 from hasten.engine.texts import Instruction, TextRequests
@@ -181,8 +182,7 @@ class AsyncLLM:
         engine = self._llm.engine
         pooler = engine.worker.pooler
         if pooler is None:
-            name = engine.model_config.architecture
-            raise InvalidRequestError(f"encode: {name} generates text; it gives no vectors and no scores")
+            raise generates_text("encode", engine.model_config.architecture)
         params = pooling_params or PoolingParams(task=pooler.tasks[0])
         pooler.check(params)
         texts = TextRequests(pooler.pooling.texts, engine.tokenizer, engine.max_model_len)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from hasten.core.errors import EngineError, InvalidRequestError
+from hasten.core.errors import EngineError
 from hasten.core.types import (
     ClassificationOutput,
     EmbeddingOutput,
@@ -20,7 +20,7 @@ from hasten.core.types import (
 )
 from hasten.engine.engine import Engine
 from hasten.engine.fill_mask import target_ids, with_texts
-from hasten.engine.pooling import Pooler
+from hasten.engine.pooling import Pooler, generates_text
 from hasten.engine.prompts import Prompt, given_prompts
 from hasten.engine.request_state import Output
 from hasten.engine.texts import Instruction, TextRequests, instruction, text_pairs
@@ -174,9 +174,7 @@ class PoolingMethods(ABC):
     def _pooler(self, method: str) -> Pooler:
         engine = self.engine
         if engine.worker.pooler is None:
-            raise InvalidRequestError(
-                f"{method}: {engine.model_config.architecture} generates text; it gives no vectors and no scores"
-            )
+            raise generates_text(method, engine.model_config.architecture)
         return engine.worker.pooler
 
     def _requests(self) -> TextRequests:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.checkpoint.pooling import DenseModule, PoolingConfig
+from hasten.core.errors import InvalidRequestError
 from hasten.core.model_config import ModelConfig, Pooling
 from hasten.core.types import (
     ClassificationOutput,
@@ -322,6 +323,13 @@ def _of_masks(words: Sequence[Tensor]) -> PooledOutput:
 def _through(dense: DenseModule, x_sw: Tensor) -> Tensor:
     bias = None if dense.bias is None else dense.bias.to(x_sw.device)
     return _ACTIVATIONS[dense.activation](F.linear(x_sw, dense.weight.to(x_sw.device), bias))
+
+
+def generates_text(what: str, architecture: str) -> InvalidRequestError:
+    """The error of a call or a request that needs vectors, scores or labels, for a model that has none."""
+    return InvalidRequestError(
+        f"{what} needs a model that gives vectors, scores or labels of texts; {architecture} generates text"
+    )
 
 
 def truncated(request: Request, longest: int) -> Request:

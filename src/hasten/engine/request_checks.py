@@ -14,7 +14,7 @@ from hasten.core.model_config import ModelConfig
 from hasten.core.types import PoolingParams, Request, SamplingParams
 from hasten.engine.beam import candidate_count, end_tokens
 from hasten.engine.fill_mask import no_mask
-from hasten.engine.pooling import Pooler, truncated
+from hasten.engine.pooling import Pooler, generates_text, truncated
 from hasten.engine.text import Tokenizer
 from hasten.engine.text_scheduler import as_ids
 
@@ -79,7 +79,7 @@ class RequestChecks:
         """A request for a vector or scores, truncated as it asks, and its token ids; errors as of `sampling_params`."""
         name, params, architecture = f"request {request.request_id}", request.pooling, self._model.architecture
         if self._pooler is None:
-            raise InvalidRequestError(f"{name}: {architecture} generates text; it gives no vectors and no scores")
+            raise generates_text(name, architecture)
         if params is None:
             tasks = ", ".join(self._pooler.tasks)
             raise InvalidRequestError(f"{name}: {architecture} generates no text; it does {tasks}")

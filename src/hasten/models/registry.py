@@ -169,7 +169,8 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
         return _known("architecture", str(named[0]), MODELS)
     if not model_type:
         raise ConfigError(
-            f'names no architecture; add "architectures": [NAME], where NAME is one of {", ".join(sorted(MODELS))}'
+            'has neither "architectures" nor "model_type", which say what the model is: take config.json from where '
+            "the model was published, or add them (docs/models.md has the names)"
         )
     return _MODEL_TYPES[_known("model type", str(model_type), _MODEL_TYPES)]
 
