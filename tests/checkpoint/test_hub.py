@@ -223,7 +223,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model("~/model") == tmp_path / "model"
     assert model_name("~/model/2-gpu") == model_name(tmp_path / "model") == "model"
-    with pytest.raises(CheckpointError, match="there is no folder .*; give the folder"):
+    with pytest.raises(CheckpointError, match=r"there is no folder .*; give the folder"):
         resolve_model("~/other")
     monkeypatch.chdir(tmp_path / "model")
     assert resolve_model(".") == Path()
