@@ -474,6 +474,32 @@ def test_a_recording_computes_the_same_of_other_inputs() -> None:
         assert torch.equal(found, expected)
 
 
+def test_a_recorded_draw_runs_on_any_number_of_threads_and_in_memory_of_its_own() -> None:
+    def draws(rows: int) -> ops.Draws:
+        even, points = [1.0] * rows, torch.linspace(0.01, 0.99, rows).tolist()
+        device = torch.device("cpu")
+        return ops.Draws.of(
+            temperature=even, top_k=[40] * rows, top_p=[0.9] * rows, min_p=[0.0] * rows, point=points, device=device
+        )
+
+    logits, own = draw(24, 300, scale=3.0), draws(24)
+    before = torch.get_num_threads()
+    expected = ops.draw(logits, own)
+    try:
+        torch.set_num_threads(1)
+        with ops.recorded() as recording:
+            found = ops.draw(logits, own)
+        assert recording.is_whole
+        ops.draw(draw(2, 70_000), draws(2))  # in more memory than there has been before
+        for threads in (1, 2, 4, 32):
+            torch.set_num_threads(threads)
+            found.fill_(-1)
+            recording.run()
+            assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_torch_computes_is_no_whole_recording() -> None:
     x = draw(3, 32)
     with ops.recorded() as recording:

@@ -66,6 +66,9 @@ class Machine:
                 self.now += self.seconds[threads]
                 self.waited += self.seconds[threads] * self.part * (threads > 1)
             assert torch.get_num_threads() == 3
+            with self.choice.rest_of_step():
+                assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == 3
         return taken
 
 
@@ -115,5 +118,7 @@ def test_a_system_counts_how_long_threads_wait_for_a_cpu() -> None:
 def test_one_thread_stays_one(machine: Machine) -> None:
     torch.set_num_threads(1)
     with machine.choice.step(16):
+        assert torch.get_num_threads() == 1
+    with machine.choice.rest_of_step():
         assert torch.get_num_threads() == 1
     torch.set_num_threads(3)

@@ -5,7 +5,7 @@ moves on with each token chosen. The end token is among them only where the text
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -38,8 +38,8 @@ class Constraint:
         """Of 32 tokens each, in a mask of the vocabulary."""
         self.is_suspect = False
         """Whether it may be what made the last masks slow: its next one is found by itself."""
-        self._is_timed = False
-        """Whether it has taken long, if perhaps because others had the CPU: its CPU time counts since."""
+        self._clock: Callable[[], float] = time.perf_counter
+        """Its CPU time counts once it has taken long, if perhaps because others had the CPU."""
         self._too_slow = False
         self._excess = 0.0
 
@@ -55,41 +55,42 @@ class Constraint:
 
     def accept(self, token: int) -> bool:
         """Move on by a token; whether the text is then whole and nothing may follow it."""
-        began = self._clock()
-        self.matcher.consume_token(token)
-        self._note(began)
-        return self.matcher.is_stopped() and self.error is None
+        clock, matcher = self._clock, self.matcher
+        began = clock()
+        matcher.consume_token(token)
+        if (seconds := clock() - began) > _USUAL_SECONDS:
+            self._note(seconds)
+        return matcher.is_stopped() and self.error is None
 
     def forced(self) -> list[int]:
         """The tokens that have to come next, up to where there is a choice or the text is whole."""
-        began = self._clock()
+        clock = self._clock
+        began = clock()
         tokens: list[int] = self.matcher.compute_ff_tokens()
-        self._note(began)
+        if (seconds := clock() - began) > _USUAL_SECONDS:
+            self._note(seconds)
         return tokens
 
     def fill_mask(self, mask: int, size: int) -> None:
         """Which tokens may come next, into so many bytes at an address."""
-        began = self._clock()
+        clock = self._clock
+        began = clock()
         self.matcher.unsafe_compute_mask_ptr(mask, size)
-        self.is_suspect = self._note(began) > _USUAL_SECONDS
+        seconds = clock() - began
+        self.is_suspect = seconds > _USUAL_SECONDS
+        if self.is_suspect:
+            self._note(seconds)
 
-    def _clock(self) -> float:
-        return time.thread_time() if self._is_timed else time.perf_counter()
+    def _note(self, seconds: float) -> None:
+        """Take note that a token has taken longer than usual.
 
-    def _note(self, began: float) -> float:
-        """Take note of the seconds since then: by the clock, as asking for CPU time takes ten times as long."""
-        seconds = self._clock() - began
-        if not self._is_timed:
-            self._is_timed = seconds > _USUAL_SECONDS
-            return seconds
-        self._excess += max(0.0, seconds - _USUAL_SECONDS)
+        The first time that is by the clock, as asking for CPU time takes ten times as long.
+        """
+        if self._clock is time.perf_counter:
+            self._clock = time.thread_time
+            return
+        self._excess += seconds - _USUAL_SECONDS
         self._too_slow = self._too_slow or seconds > _MOST_SECONDS or self._excess > _MOST_EXCESS
-        return seconds
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no token may follow: the text is whole, or its grammar cannot be followed."""
-        return bool(self.matcher.is_stopped())
 
     @property
     def error(self) -> str | None:
@@ -107,22 +108,27 @@ def fill_allowed(constraints: Sequence[Constraint], masks: NDArray[np.int32]) ->
     Behind a text that is whole any may.
     """
     address, size = masks.ctypes.data, 4 * masks.shape[1]
-    is_small, several = masks.size <= _FEW_WORDS, []
+    several: list[tuple[Constraint, int]] = []
     for row, constraint in enumerate(constraints):
-        if constraint.is_over:
+        if constraint.matcher.is_stopped():
             masks[row] = -1
-        elif is_small or constraint.is_suspect:
+        elif constraint.is_suspect:
             constraint.fill_mask(address + row * size, size)
         else:
             several.append((constraint, row))
     if not several:
         return
-    # Each thread takes some that follow one another: by lock, it seldom waits for another thread.
-    several.sort(key=lambda each: each[0].lock)
-    began = time.perf_counter()
-    matchers = [(constraint.matcher, row) for constraint, row in several]
-    _executor().unsafe_compute_mask_ptr(matchers, address, size, len(masks))
-    if time.perf_counter() - began > _USUAL_SECONDS * (1 + len(several)):
+    began, usual = time.perf_counter(), _USUAL_SECONDS
+    if masks.size <= _FEW_WORDS:
+        for constraint, row in several:
+            constraint.matcher.unsafe_compute_mask_ptr(address + row * size, size)
+    else:
+        # Each thread takes some that follow one another: by lock, it seldom waits for another thread.
+        usual *= 1 + len(several)
+        several.sort(key=lambda each: each[0].lock)
+        matchers = [(constraint.matcher, row) for constraint, row in several]
+        _executor().unsafe_compute_mask_ptr(matchers, address, size, len(masks))
+    if time.perf_counter() - began > usual:
         for constraint, _ in several:  # whose fault it is shows only one by one
             constraint.is_suspect = True
 

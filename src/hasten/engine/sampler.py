@@ -53,9 +53,7 @@ class Choice:
         beams: ChosenBeams | None = None,
         sequences: list[Sequence] | None = None,
     ) -> None:
-        self.chosen = tokens_r.unsqueeze(0) if beams is None else beams.choice.chosen_2b
-        """int32 on the device: a row of tokens, below 0 where there is none (`ops.greedy`); with beams as in
-        `ops.BeamChoice`."""
+        self._tokens_r = tokens_r
         self._logprobs = logprobs or {}
         """Row -> how many log-probabilities its request asks for; `tops` has those rows in this order."""
         self._beams = beams
@@ -64,6 +62,14 @@ class Choice:
         self._copy = ops.HostCopy([tokens_r, *(() if beams is None else beams.choice), *(() if tops is None else tops)])
         # on a CPU the tokens are there, in memory that the next choice may overwrite
         self._sampled = self._collected() if tokens_r.device.type == "cpu" else None
+
+    @property
+    def chosen(self) -> Tensor:
+        """int32 on the device: a row of tokens, below 0 where there is none (`ops.greedy`).
+
+        With beams as in `ops.BeamChoice`.
+        """
+        return self._tokens_r.unsqueeze(0) if self._beams is None else self._beams.choice.chosen_2b
 
     def collect(self) -> list[Sampled]:
         """The tokens, or an error for a sequence without any finite logit. Waits until the device has chosen."""

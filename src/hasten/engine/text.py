@@ -323,7 +323,7 @@ class TextState:
         self._stream = tokenizer.stream(skip_special_tokens=params.skip_special_tokens, continues=continues)
         self._stop = params.stop
         self._bytes = None
-        if not any(REPLACEMENT in word for word in self._stop):
+        if self._stop and not any(REPLACEMENT in word for word in self._stop):
             self._bytes = tokenizer.token_bytes(skip_special_tokens=params.skip_special_tokens)
         self._words = [word.encode(errors="replace") for word in self._stop]
         self._end = b""
@@ -332,6 +332,7 @@ class TextState:
         """Tokens whose text nobody has needed yet; none of them ends it."""
         self._include_stop = params.include_stop_str_in_output
         self._longest = max((len(word) for word in self._stop), default=0)
+        self._most_bytes = _MOST_BYTES * self._longest
         self._text = ""
         hidden = 0 if self._include_stop else max((len(word) for word in params.stop_words_ids), default=0)
         self._lengths = deque([0], maxlen=max(1, hidden))
@@ -359,11 +360,14 @@ class TextState:
 
     def _may_end(self, token_id: int) -> bool:
         """Whether a stop string may stand at the end of the text with one more token."""
-        if self._bytes is None or not self._stop:
+        if self._bytes is None:
             return bool(self._stop)
         end = self._end + self._bytes[token_id]
-        self._end = end[-_MOST_BYTES * self._longest :]
-        return any(word in end for word in self._words)
+        self._end = end[-self._most_bytes :]
+        for word in self._words:  # noqa: SIM110 - a generator would take as long as all else here
+            if word in end:
+                return True
+        return False
 
     def _take(self, new: str) -> None:
         self._text += new

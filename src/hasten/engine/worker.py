@@ -246,7 +246,8 @@ class Worker:
             if not message.sampled:
                 return None
             if self.stage.is_last:
-                return self._prepare(hidden, message, sequences)
+                with self._threads.rest_of_step():
+                    return self._prepare(hidden, message, sequences)
             if self.overlap:
                 self.runner.expect(message)
             return None
@@ -279,7 +280,8 @@ class Worker:
         prepared = None if logits is None else self._sampler.prepare(logits, sequences, self.runner.chosen)
 
         def choose() -> Choice | None:
-            choice = None if prepared is None else prepared.choose()
+            with self._threads.rest_of_step():
+                choice = None if prepared is None else prepared.choose()
             if self.overlap:
                 self._remember(message, choice)
             return choice

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class ThreadChoice:
     Threads wait for each other some times per layer. Where other programs use the same CPUs, a step is as late as the
     thread that the system runs last, and one thread, which waits for nobody, may be several times as fast. Whether
     others do is seen by how long threads wait for a CPU; while they do not, all steps are computed on all threads.
+    What follows a step, the choice of its tokens, is too short to be timed and has the same number (`rest_of_step`).
     """
 
     def __init__(
@@ -78,27 +79,31 @@ class ThreadChoice:
         """What had been waited when the last step on one thread had ended, or since the last look."""
         self._watched, self._waited = 0.0, 0.0
         """Seconds of steps on all threads since then, and what was waited in them."""
+        self._is_alone = False
+        """Whether the last step was computed on one thread where there are several."""
+
+    def rest_of_step(self) -> AbstractContextManager[None]:
+        """The block that goes on with what the last step computed, on as many threads as that."""
+        return _on_one_thread() if self._is_alone else nullcontext()
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:
         """The block that computes a step of so many tokens; its thread's number of threads is as before after it."""
         most = torch.get_num_threads()
         if most == 1:
+            self._is_alone = False
             yield
             return
         recent = self._recent.setdefault(tokens.bit_length(), _Recent())
         threads = _next(recent, most) if self._is_contended else most
-        if threads != most:
+        self._is_alone = threads != most
+        if self._is_alone:
             self._stop_watch()
-            torch.set_num_threads(threads)
         elif self._before is None:
             self._before = self._waited_for_cpus()
         began = self._clock()
-        try:
+        with self.rest_of_step():
             yield
-        finally:
-            if threads != most:
-                torch.set_num_threads(most)
         seconds = self._clock() - began
         if threads == most:
             self._watched += seconds
@@ -112,6 +117,16 @@ class ThreadChoice:
         if self._before is not None:
             self._waited += max(0.0, self._waited_for_cpus() - self._before)  # less where a thread has ended
             self._before = None
+
+
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _next(recent: _Recent, most: int) -> int:

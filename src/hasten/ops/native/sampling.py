@@ -10,26 +10,32 @@ from torch import Tensor
 
 from hasten.ops.draws import Draws
 from hasten.ops.logprobs import TopLogprobs
-from hasten.ops.native.launch import Kernel, empty, launch
+from hasten.ops.native.launch import Kernel, empty, launch, recordings
 
 MOST_COUNTED = 64
 """Greatest numbers up to which they are kept in order while a row is read."""
-_draw = Kernel("draw", "8q")
+_draw = Kernel("draw", "9q")
 _logprobs = Kernel("logprobs", "10q")
 _largest = Kernel("largest", "7q")
 _log_softmax = Kernel("log_softmax", "5q")
 
 
+_most_threads = torch.get_num_threads()
+"""That a recording may be run on, unless there are more when it is made."""
+
+
 class _Scratch(threading.local):
     """Memory of one thread that launches kernels, kept for the next launch."""
 
-    numbers = torch.empty(0, dtype=torch.float64)
+    numbers = torch.empty(0)
 
     def take(self, size: int) -> Tensor:
-        """So many fp64 numbers, whatever they are."""
+        """So many fp32 numbers, whatever they are; those of a recording are its own."""
+        if recordings.current is not None:
+            return empty(size)
         if self.numbers.numel() < size:
             with torch.inference_mode(False):
-                self.numbers = torch.empty(size, dtype=torch.float64)
+                self.numbers = torch.empty(size)
         return self.numbers
 
 
@@ -40,9 +46,10 @@ def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
     """`hasten.ops.draw`."""
     rows, width = logits_rv.shape
     tokens_r, size = empty(rows).view(torch.int32), -(-width // 64) * 64
-    scratch = _scratch.take(2 * size * torch.get_num_threads())
+    threads = min(rows, max(torch.get_num_threads(), _most_threads))
+    scratch = _scratch.take(4 * size * threads)
     x = (rows, width, logits_rv, logits_rv.stride(0))
-    launch(_draw, 64 * rows * width, *x, draws.packed_r5, scratch, size, tokens_r)
+    launch(_draw, 64 * rows * width, *x, draws.packed_r5, scratch, size, threads, tokens_r)
     return tokens_r
 
 

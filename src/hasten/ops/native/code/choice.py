@@ -4,7 +4,17 @@ import numpy as np
 
 from hasten.ops.draws import NONE_LEFT
 from hasten.ops.native.code.functions import kernel, part
-from hasten.ops.native.code.simd import larger_or_nan, largest, load, load_f32, load_i64, splat, stack, store, store_i32
+from hasten.ops.native.code.simd import (
+    count_equal,
+    larger_or_nan,
+    load,
+    load_f32,
+    load_i64,
+    splat,
+    stack,
+    store,
+    store_i32,
+)
 
 _f32 = np.float32
 _lanes = stack(64)
@@ -35,8 +45,8 @@ def _later(found, value):
 @part
 def _first(row, width, most):
     """Where the largest number of a row stands first."""
-    at, end = 0, 4 * width
-    while at + 64 <= end and largest(load(row + at)) != most:
+    at, end, greatest = 0, 4 * width, splat(most)
+    while at + 64 <= end and not count_equal(load(row + at), greatest):
         at += 64
     while load_f32(row + at) != most:
         at += 4

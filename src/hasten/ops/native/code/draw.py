@@ -169,12 +169,14 @@ def _inverted(probs, width, floor, point, sums):
 
 @kernel
 def _draw(p, thread, threads):
-    """Tokens [r] of rows [r, v], by parameters [r, 5]; scratch: twice a row of fp64 for each thread."""
+    """Tokens [r] of rows [r, v], by parameters [r, 5]; scratch: twice a row of fp64 for each of the first threads."""
     rows, width, x, stride = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
-    parameters, scratch, size, out = load_i64(p + 32), load_i64(p + 40), load_i64(p + 48), load_i64(p + 56)
+    parameters, scratch, size, first = load_i64(p + 32), load_i64(p + 40), load_i64(p + 48), load_i64(p + 56)
+    out = load_i64(p + 64)
     probs = scratch + 16 * size * thread
     found = probs + 8 * size
-    for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+    threads = min(threads, first)
+    for r in range(rows * thread // threads, min(rows, rows * (thread + 1) // threads)):
         row, own = x + r * stride, parameters + 40 * r
         most = _most(row, width)
         if most == -np.inf:

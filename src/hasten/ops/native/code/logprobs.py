@@ -6,11 +6,12 @@ from hasten.ops.native.code import wide
 from hasten.ops.native.code.choice import _most
 from hasten.ops.native.code.functions import kernel, part
 from hasten.ops.native.code.simd import (
-    largest,
+    count_greater,
     load,
     load_f32,
     load_i32,
     load_i64,
+    splat,
     stack,
     store_f32,
     store_i32,
@@ -50,6 +51,17 @@ def _log_sum(row, width, most):
 
 
 @part
+def _rank(row, width, value):
+    """1 for the greatest number of a row, or one more for each that is greater than `value`."""
+    rank, values, whole = 1, splat(value), width // 16 * 16
+    for at in range(0, 4 * whole, 64):
+        rank += count_greater(load(row + at), values)
+    for at in range(4 * whole, 4 * width, 4):
+        rank += load_f32(row + at) > value
+    return rank
+
+
+@part
 def _put(values, ids, held, count, value, index):
     """Put a number into the greatest ones so far, behind its equals, if it is one of them; how many there are now."""
     if held == count:
@@ -74,10 +86,12 @@ def _top(row, width, count, values, ids):
     while at < min(count, width):
         held = _put(values, ids, held, count, load_f32(row + 4 * at), at)
         at += 1
+    least = splat(load_f32(values + 4 * (held - 1)))
     while at + 16 <= width:
-        if largest(load(row + 4 * at)) > load_f32(values + 4 * (count - 1)):
+        if count_greater(load(row + 4 * at), least):
             for index in range(at, at + 16):
                 held = _put(values, ids, held, count, load_f32(row + 4 * index), index)
+            least = splat(load_f32(values + 4 * (held - 1)))
         at += 16
     while at < width:
         held = _put(values, ids, held, count, load_f32(row + 4 * at), at)
@@ -116,11 +130,9 @@ def _logprobs(p, thread, threads):
         row, own = x + r * stride, 4 * r * count
         total = _log_sum(row, width, _most(row, width))
         if chosen:
-            mine, rank = load_f32(row + 4 * max(load_i32(tokens + 4 * r), 0)), 1
-            for at in range(0, 4 * width, 4):
-                rank += load_f32(row + at) > mine
+            mine = load_f32(row + 4 * max(load_i32(tokens + 4 * r), 0))
             store_f32(chosen + 4 * r, _f32(_f64(mine) - total))
-            store_i32(ranks + 4 * r, np.int32(rank))
+            store_i32(ranks + 4 * r, np.int32(_rank(row, width, mine)))
         if count:
             _top(row, width, count, values + own, ids + own)
         for at in range(own, own + 4 * count, 4):

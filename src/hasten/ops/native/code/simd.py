@@ -140,6 +140,14 @@ def _clamped(b: Builder, args: Values) -> Any:
     return b.select(b.fcmp_ordered(">", x, below), x, below)
 
 
+def _counted(relation: str) -> Callable[[Builder, Values], Any]:
+    def generate(b: Builder, args: Values) -> Any:
+        bits = b.bitcast(b.fcmp_ordered(relation, *args), ir.IntType(LANES))
+        return b.zext(called(b, "llvm.ctpop.i16", ir.IntType(LANES), [bits]), I64)
+
+    return generate
+
+
 def prefetched(b: Builder, args: Values) -> None:
     """Fetch the cache line of an address."""
     pointer = b.inttoptr(args[0], I8.as_pointer())
@@ -172,6 +180,10 @@ total = intrinsic_of(
 largest = intrinsic_of(
     (vector,), types.float32, lambda b, args: called(b, "llvm.vector.reduce.fmax.v16f32", F32, [args[0]])
 )
+count_greater = intrinsic_of(_two, types.int64, _counted(">"))
+"""How many numbers are greater than the others."""
+count_equal = intrinsic_of(_two, types.int64, _counted("=="))
+"""How many numbers are equal to the others."""
 lanes = intrinsic(lambda _context: (vector(), lambda _context, _b, _signature, _args: _LANE_NUMBERS))
 """The numbers 0 to 15."""
 first_lane = intrinsic_of((vector,), types.float32, lambda b, args: b.extract_element(args[0], ir.Constant(I32, 0)))
