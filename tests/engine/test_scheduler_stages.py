@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from hasten.core.errors import CapacityError
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
-from hasten.engine.rank_options import resolve_scheduler
+from hasten.engine.rank_options import LEAST_STEP_TOKENS, resolve_scheduler
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
 from hasten.engine.step_message import StepMessage, TableRows
@@ -37,11 +38,14 @@ class Pipeline:
     stage computes a step at once or, as on a CPU, when its tokens are collected.
     """
 
-    def __init__(self, shadow: type[Shadow], stages: int, mode: str, blocks: int, seqs: int, tokens: int) -> None:
+    def __init__(
+        self, shadow: type[Shadow], stages: int, mode: str, blocks: int, seqs: int, tokens: int, least: int
+    ) -> None:
         self.stages, self.overlap, self.defers = stages, mode == "overlapped", mode == "deferred"
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, overlap_steps=self.overlap)
         manager = BlockManager(blocks, SIZE)
-        self.scheduler, self.cache, self.rows = Scheduler(config, manager, stages), shadow(manager), TableRows(seqs)
+        self.scheduler, self.cache = Scheduler(config, manager, stages, least), shadow(manager)
+        self.rows = TableRows(seqs)
         self.seqs = seqs
         self.kept = [-1] * (stages * seqs)
         """The chosen tokens as devices keep them."""
@@ -139,8 +143,16 @@ MODES = ["overlapped", "at once", "deferred"]
 
 @pytest.fixture(scope="session")
 def make_pipeline(shadow: type[Shadow]) -> MakePipeline:
-    def make(stages: int = 2, mode: str = "overlapped", blocks: int = 64, seqs: int = 8, tokens: int = 16) -> Pipeline:
-        return Pipeline(shadow, stages, mode, blocks, seqs, tokens)
+    def make(
+        stages: int = 2,
+        mode: str = "overlapped",
+        blocks: int = 64,
+        seqs: int = 8,
+        tokens: int = 16,
+        least: int | None = None,
+    ) -> Pipeline:
+        """Prompts are cut for the stages only into steps of `least` tokens or more."""
+        return Pipeline(shadow, stages, mode, blocks, seqs, tokens, tokens if least is None else least)
 
     return make
 
@@ -152,6 +164,7 @@ LIMITS = st.fixed_dictionaries(
         "blocks": st.integers(8, 30),
         "seqs": st.integers(1, 6),
         "tokens": st.integers(6, 40),
+        "least": st.integers(1, 40),
     }
 )
 
@@ -217,49 +230,132 @@ def test_a_cache_that_holds_no_sequence_is_an_error_here_too(make_pipeline: Make
         pipeline.step()
 
 
-LAYERS, PROMPTS = 30, 5153
+def test_the_prompts_that_wait_are_divided_into_steps_for_all_stages(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline(2, "deferred", blocks=400, seqs=16, tokens=200, least=4)
+    for number in range(8):
+        pipeline.add(str(number), Job((number,) * 20))
+    counts = []
+    while (batch := pipeline.scheduler.schedule()).sequences:
+        pipeline.scheduler.advance(batch, chosen=False)
+        counts.append(batch.num_tokens)
+    assert sum(counts) == 160
+    assert counts[0] == 160 // 16
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-2] == 4
+
+
+def test_no_more_prompts_are_computed_at_once_than_a_step_may_have(make_pipeline: MakePipeline) -> None:
+    pipeline = make_pipeline(2, blocks=400, seqs=16, tokens=16, least=4)
+    for number in range(16):
+        pipeline.add(str(number), Job((0,) * 100))
+    pipeline.step()
+    assert pipeline.batches[0].num_tokens == 16
+
+
+LAYERS = 30
+Device = Literal["cuda", "cpu"]
 SECONDS_PER_TOKEN, LEAST_SECONDS, SECONDS_PER_ROW, HEAD_SECONDS, BORDER_SECONDS = 21.5e-6, 3.3e-3, 7.7e-6, 0.6e-3, 30e-6
 """Of a step of BLOOM-7B1 on an H200: many tokens and few, the head, and what goes from one stage to the next."""
+CPU_STEPS = ([1, 4, 8, 16, 32, 64, 128, 348, 1392], [41, 45, 66, 118, 205, 396, 748, 1973, 8623])
+"""Tokens, and milliseconds of a step of a BLOOM of 24 layers, 1,024 wide, on one thread of a CPU."""
+CPU_HEAD_SECONDS = 10e-3
 
 
-def layer_seconds(batch: Batch) -> float:
-    """What one layer takes for a step."""
+def whole_seconds(batch: Batch, device: Device) -> float:
+    """What all layers take for a step."""
     tokens = batch.num_tokens
-    return max(LEAST_SECONDS + SECONDS_PER_ROW * tokens, SECONDS_PER_TOKEN * tokens) / LAYERS
+    if device == "cpu":
+        return float(np.interp(tokens, *CPU_STEPS)) / 1000
+    return max(LEAST_SECONDS + SECONDS_PER_ROW * tokens, SECONDS_PER_TOKEN * tokens)
 
 
-@pytest.mark.parametrize(("stages", "most"), [(2, 0.08), (4, 0.12), (8, 0.20)])
-def test_stages_seldom_stand_idle(stages: int, most: float) -> None:
-    """A simulation: the scheduler over as many requests as LAMBADA has, and a device that takes its time."""
-    rng = random.Random(1)
-    config = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=8192, overlap_steps=True)
-    config = resolve_scheduler(config, torch.device("cuda"), stages)
-    scheduler = Scheduler(config, BlockManager(60_000, 16, enable_prefix_caching=False), stages)
-    for number in range(PROMPTS):
-        length = max(10, round(rng.gauss(87, 30)))
-        params = SamplingParams(max_tokens=4)
-        request = Request(request_id=str(number), prompt_token_ids=tuple(range(length)), params=params)
-        scheduler.add(Sequence(request, 0))
-    layers = [len(PipelineGroup(stage, stages).layers(LAYERS)) for stage in range(stages)]
-    free, busy, chosen_at = [0.0] * stages, 0.0, {-1: 0.0}
-    flights: deque[list[Sequence]] = deque()
-    while scheduler.has_work:
-        batch = scheduler.schedule()
-        if batch.sequences:
-            at = max((chosen_at[s.last_step] for s in batch.sequences if s.pending), default=0.0)
-            for stage in range(stages):
-                seconds = layers[stage] * layer_seconds(batch) + HEAD_SECONDS * (stage == stages - 1)
-                free[stage] = max(at, free[stage]) + seconds
-                at, busy = free[stage] + BORDER_SECONDS, busy + seconds
-            chosen_at[batch.number] = at
-            scheduler.advance(batch)
-            flights.append([batch.sequences[index] for index in batch.sampled])
-        while len(flights) > stages * bool(batch.sequences):
-            landed = flights.popleft()
-            scheduler.land(landed)
-            for sequence in landed:
-                if scheduler.get(sequence.key) is not None:
-                    sequence.append(1)
-                    if len(sequence.token_ids) == sequence.max_length:
-                        scheduler.finish(sequence.key)
-    assert 1 - busy / (stages * max(free)) < most
+class Simulation:
+    """The scheduler over as many requests as LAMBADA has, or fewer, and stages that take their time."""
+
+    def __init__(self, device: Device, stages: int, prompts: int) -> None:
+        rng = random.Random(1)
+        config = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=None if device == "cpu" else 8192)
+        config = resolve_scheduler(config, torch.device(device), stages)
+        blocks = BlockManager(60_000, 16, enable_prefix_caching=False)
+        self.scheduler = Scheduler(config, blocks, stages, LEAST_STEP_TOKENS[device])
+        for number in range(prompts):
+            length = max(10, round(rng.gauss(87, 30)))
+            params = SamplingParams(max_tokens=4)
+            request = Request(request_id=str(number), prompt_token_ids=tuple(range(length)), params=params)
+            self.scheduler.add(Sequence(request, 0))
+        self.device, self.stages = device, stages
+        self.parts = [len(PipelineGroup(stage, stages).layers(LAYERS)) / LAYERS for stage in range(stages)]
+        self.free = [0.0] * stages
+        """When each stage has done what it was given."""
+        self.busy = 0.0
+
+    def compute(self, stage: int, at: float, batch: Batch) -> float:
+        """When a stage has done a step that it can begin with at a time."""
+        head = (HEAD_SECONDS if self.device == "cuda" else CPU_HEAD_SECONDS) * (stage == self.stages - 1)
+        seconds = self.parts[stage] * whole_seconds(batch, self.device) + head
+        self.busy += seconds
+        self.free[stage] = max(at, self.free[stage]) + seconds
+        return self.free[stage]
+
+    def take(self, landed: list[Sequence]) -> None:
+        self.scheduler.land(landed)
+        for sequence in landed:
+            if self.scheduler.get(sequence.key) is not None:
+                sequence.append(1)
+                if len(sequence.token_ids) == sequence.max_length:
+                    self.scheduler.finish(sequence.key)
+
+    def run_overlapped(self) -> None:
+        """The host is ahead of the stages, which have the tokens that it does not know yet."""
+        chosen_at, flights = {-1: 0.0}, deque[list[Sequence]]()
+        while self.scheduler.has_work:
+            batch = self.scheduler.schedule()
+            if batch.sequences:
+                at = max((chosen_at[s.last_step] for s in batch.sequences if s.pending), default=0.0)
+                for stage in range(self.stages):
+                    at = self.compute(stage, at, batch) + BORDER_SECONDS
+                chosen_at[batch.number] = at
+                self.scheduler.advance(batch)
+                flights.append([batch.sequences[index] for index in batch.sampled])
+            while len(flights) > self.stages * bool(batch.sequences):
+                self.take(flights.popleft())
+
+    def run_deferred(self) -> None:
+        """Rank 0 schedules a step for the other stages, and then computes the last stage of the oldest one."""
+        last, flights = self.stages - 1, deque[tuple[Batch, float]]()
+        while self.scheduler.has_work:
+            batch = self.scheduler.schedule()
+            if batch.sequences:
+                at = self.free[last]
+                for stage in range(last):
+                    at = self.compute(stage, at, batch)
+                self.scheduler.advance(batch, chosen=False)
+                flights.append((batch, at))
+            while len(flights) > last * bool(batch.sequences):
+                batch_done, at = flights.popleft()
+                self.compute(last, at, batch_done)
+                self.scheduler.note_chosen(batch_done)
+                self.take([batch_done.sequences[index] for index in batch_done.sampled])
+
+    @property
+    def idle(self) -> float:
+        """Share of the time that stages stood idle."""
+        return 1 - self.busy / (self.stages * max(self.free))
+
+
+@pytest.mark.parametrize(
+    ("stages", "prompts", "most"), [(2, 5153, 0.08), (4, 5153, 0.12), (8, 5153, 0.20), (2, 512, 0.08), (4, 512, 0.13)]
+)
+def test_stages_seldom_stand_idle(stages: int, prompts: int, most: float) -> None:
+    simulation = Simulation("cuda", stages, prompts)
+    simulation.run_overlapped()
+    assert simulation.idle < most
+
+
+@pytest.mark.parametrize(
+    ("stages", "prompts", "most"), [(2, 16, 0.11), (4, 16, 0.27), (2, 64, 0.08), (4, 64, 0.13), (2, 512, 0.03)]
+)
+def test_stages_of_a_few_prompts_on_cpus_seldom_stand_idle(stages: int, prompts: int, most: float) -> None:
+    simulation = Simulation("cpu", stages, prompts)
+    simulation.run_deferred()
+    assert simulation.idle < most

@@ -28,6 +28,7 @@ from hasten.engine.pacing import Pacer
 from hasten.engine.planning.step_work import EstimatedWork, WorkEstimator
 from hasten.engine.points import mix64
 from hasten.engine.pooling import Pooled
+from hasten.engine.rank_options import LEAST_STEP_TOKENS
 from hasten.engine.request_checks import RequestChecks, RequestLimits
 from hasten.engine.request_state import Output, PoolingState, RequestState, State
 from hasten.engine.request_tracker import RequestTracker
@@ -89,7 +90,8 @@ class Engine:
         window = worker.model_config.widest_window
         blocks = BlockManager(worker.num_blocks, worker.block_size, enable_prefix_caching=keeps, window=window)
         kind = Scheduler if worker.pooler is None else TextScheduler
-        return kind(self.worker.scheduler_config, blocks, self.worker.stage.size)
+        least = LEAST_STEP_TOKENS[worker.device.type]
+        return kind(worker.scheduler_config, blocks, worker.stage.size, least)
 
     def _new_pacer(self) -> Pacer:
         scheduler = self.scheduler.config

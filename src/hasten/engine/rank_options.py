@@ -10,8 +10,9 @@ from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.model_config import ModelConfig
 from hasten.engine.memory import DEFAULT_STEP_TOKENS
 
-_LEAST_STEP_TOKENS = 1024
-"""Tokens of a step that are not divided any further: products of fewer rows are bound by reading weights."""
+LEAST_STEP_TOKENS = {"cpu": 128, "cuda": 1024}
+"""Tokens of a step that are not divided any further for the stages of a pipeline: products of fewer rows are bound by
+reading weights."""
 _TEXT_STEP_TOKENS = {"cpu": 1, "cuda": 32_768}
 """Tokens of a step of texts of which vectors or scores are made, at least: nobody waits for the end of a step, and a
 GPU takes a third less time over as many tokens in larger steps (docs/performance.md)."""
@@ -27,7 +28,7 @@ def resolve_scheduler(config: SchedulerConfig, device: torch.device, stages: int
     are, the less a stage waits for the one before.
     """
     tokens = config.max_num_batched_tokens or max(DEFAULT_STEP_TOKENS[device.type], config.max_num_seqs)
-    tokens = max(tokens // stages, min(tokens, _LEAST_STEP_TOKENS), config.max_num_seqs)
+    tokens = max(tokens // stages, min(tokens, LEAST_STEP_TOKENS[device.type]), config.max_num_seqs)
     overlap = device.type != "cpu" if config.overlap_steps is None else config.overlap_steps
     return replace(config, max_num_batched_tokens=tokens, overlap_steps=overlap)
 

@@ -21,6 +21,9 @@ from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.sequence import Beams, Sequence
 
+_STEPS_PER_STAGE = 8
+"""Steps of a pipeline that the waiting prompts are divided into at least, for each stage."""
+
 
 @dataclass
 class SchedulerStats:
@@ -33,12 +36,12 @@ class SchedulerStats:
 class Scheduler:
     """Waiting and running sequences over one block manager."""
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager, stages: int = 1) -> None:
-        """`stages` of a pipeline work on as many steps at a time."""
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, stages: int = 1, least_tokens: int = 1) -> None:
+        """As many steps as `stages` are computed at a time; prompts are cut for them to `least_tokens` at least."""
         assert config.max_num_batched_tokens is not None, "the worker resolves the default"
         self.config = config
         self.blocks = blocks
-        self._stages = stages
+        self._stages, self._least_tokens = stages, least_tokens
         self._max_tokens = config.max_num_batched_tokens
         self._max_joint = -(-config.max_num_seqs // stages)
         """Sequences of a step that prompts may join: those that run are dealt to as many steps as there are stages."""
@@ -90,7 +93,7 @@ class Scheduler:
         several stages, before tokens are known that steps under way choose.
         """
         batch = Batch(self._next_number)
-        budget = self._continue_decodes(batch, self._micro_batch(rested=True))
+        budget = min(self._continue_decodes(batch, self._micro_batch(rested=True)), self._prompt_part())
         self._compute_prompts(batch, budget if prompt_tokens is None else min(budget, prompt_tokens))
         if not batch.sequences and self._stages > 1:
             self._continue_decodes(batch, self._micro_batch(rested=False))
@@ -215,6 +218,20 @@ class Scheduler:
             children.append(child)
         parent.group_size = 1
         return children
+
+    def _prompt_part(self) -> int:
+        """Most prompt tokens of a step: with several stages, a small part of those that wait.
+
+        While the first step of all is in one stage, those behind it stand idle, and while the last is, those before it.
+        """
+        if self._stages == 1:
+            return self._max_tokens
+        parts, waiting = _STEPS_PER_STAGE * self._stages, 0
+        for sequence in self.prompts():
+            waiting += sequence.uncomputed + sequence.uncomputed_input
+            if waiting >= parts * self._max_tokens:
+                return self._max_tokens
+        return max(self._least_tokens, -(-waiting // parts))
 
     def _micro_batch(self, *, rested: bool) -> set[int] | None:
         """Keys of those that may decode in the next step, of beams the leader's; None: all that can.
