@@ -10,7 +10,7 @@ import pytest
 from tests.waiting import LIMIT_S, attempts
 
 import hasten
-from hasten.cli.main import main
+from hasten.cli.main import _MODULES, build_parser, main
 from hasten.core.extras import EXTRAS
 
 TIMED = """
@@ -38,6 +38,26 @@ def test_help_is_quick_and_imports_nothing_heavy(argv: list[str]) -> None:
         assert done.stdout
         if float(done.stderr.rpartition("cpu: ")[2]) < 0.5:
             break
+
+
+@pytest.mark.parametrize("command", _MODULES)
+def test_a_command_alone_is_as_it_is_in_the_whole_command_line(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for parser in (build_parser(), build_parser(command)):
+        with pytest.raises(SystemExit, match="0"):
+            parser.parse_args([command, "--help"])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert shown[0].startswith(f"usage: hasten {command} ")
+
+
+def test_a_command_imports_no_other() -> None:
+    code = "import sys; from hasten.cli.main import build_parser; build_parser('generate'); print(*sys.modules)"
+    imported = run_python(code).stdout.split()
+    assert "hasten.cli.generate" in imported
+    assert not {f"hasten.cli.{module}" for name, module in _MODULES.items() if name != "generate"} & {*imported}
 
 
 def test_the_package_is_light_and_its_names_come_when_asked_for() -> None:

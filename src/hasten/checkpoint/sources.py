@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from hasten.checkpoint.faster_transformer.ini import CONFIG_INI
-from hasten.checkpoint.faster_transformer.source import open_faster_transformer
 from hasten.checkpoint.hugging_face import HF_FILES, open_hugging_face, read_format, read_hf_config
 from hasten.checkpoint.manifest import MANIFEST
 from hasten.checkpoint.model_files import ADAPTER
@@ -58,6 +57,9 @@ def open_source(path: Path, ranks: int = 1) -> Source:
     if is_ranked(path):
         return RankedSafetensorsSource(path)
     if (path / CONFIG_INI).is_file():
+        # with all that its families need: a start on Hugging Face's files does without
+        from hasten.checkpoint.faster_transformer.source import open_faster_transformer
+
         return open_faster_transformer(path)
     if any((path / name).exists() for name in HF_FILES):
         return open_hugging_face(path)

@@ -9,8 +9,6 @@ from hasten.core.config import EngineConfig
 from hasten.core.model_config import ModelConfig
 from hasten.engine.memory import available_host_memory
 from hasten.engine.model_loading import compute_dtype
-from hasten.engine.planning.hardware import Device
-from hasten.engine.planning.plan import Planner, advice, others_use, setup_of
 from hasten.parallel.groups import ParallelGroups
 from hasten.quantization.scheme import SCHEMES
 
@@ -25,6 +23,10 @@ def memory_advice(
         return ""  # the checkpoint's own format, of which bits and groups are its files' matter
     if groups.pipeline.size > 1:
         return ""  # it is reckoned for whole models
+    # a start with enough memory does without
+    from hasten.engine.planning.hardware import Device
+    from hasten.engine.planning.plan import Planner, advice, others_use, setup_of
+
     gpu = device.type == "cuda"
     free, memory = torch.cuda.mem_get_info(device) if gpu else (0, available_host_memory())
     own = torch.cuda.memory_reserved(device) if gpu else memory

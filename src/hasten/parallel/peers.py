@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 from torch._C._distributed_c10d import (
     PrefixStore,
@@ -177,6 +176,8 @@ def _rendezvous(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[Tensor]:
+    from torch.distributed import _symmetric_memory as symmetric_memory  # 20 ms, which one rank does without
+
     # held here: C++ would not find a dead object's methods
     renumbered = RunStore(PrefixStore("mailboxes", store), liveness)
     own = symmetric_memory.empty(shape, dtype=dtype, device=device)

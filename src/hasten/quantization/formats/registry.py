@@ -4,22 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hasten.core.errors import ConfigError, HastenError, UnsupportedError
-from hasten.quantization.formats.awq import AWQ
 from hasten.quantization.formats.base import Format
-from hasten.quantization.formats.compressed_tensors import CompressedTensors
-from hasten.quantization.formats.eight_bit import FP8
 from hasten.quantization.formats.files import METHODS
-from hasten.quantization.formats.gptq import GPTQ
-from hasten.quantization.formats.mxfp4 import MXFP4
 
-FORMATS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
-    "gptq": GPTQ,
-    "awq": AWQ,
-    "compressed-tensors": CompressedTensors,
-    "fp8": FP8,
-    "mxfp4": MXFP4,
-}
-"""By their `quant_method`."""
 _MODEL_TYPES = {"mxfp4": "gpt_oss"}
 """Methods that are read for one `model_type` alone."""
 KEYS = ("quantization_config", "compression_config")
@@ -33,6 +20,17 @@ _ADVICE = {
     "mxfp4": "give it in bf16",
     "modelopt": f"export it as compressed-tensors, or {_LOAD_TIME}",
 }
+
+
+def _formats() -> Mapping[str, Callable[[Mapping[str, Any]], Format]]:
+    """By their `quant_method`; imported for a checkpoint that has one alone."""
+    from hasten.quantization.formats.awq import AWQ
+    from hasten.quantization.formats.compressed_tensors import CompressedTensors
+    from hasten.quantization.formats.eight_bit import FP8
+    from hasten.quantization.formats.gptq import GPTQ
+    from hasten.quantization.formats.mxfp4 import MXFP4
+
+    return {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": CompressedTensors, "fp8": FP8, "mxfp4": MXFP4}
 
 
 def format_of(raw: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]] | None = None) -> Format | None:
@@ -58,7 +56,7 @@ def _opened(where: str, raw: object, method: str | None, model_type: object) -> 
     if any(raw.get(key) for key in _AT_LOAD):
         default = "bitsandbytes"
     name = str(raw.get("quant_method") or default)
-    formats = {each: FORMATS[each] for each in FORMATS if _MODEL_TYPES.get(each, model_type) == model_type}
+    formats = {each: opened for each, opened in _formats().items() if _MODEL_TYPES.get(each, model_type) == model_type}
     if name not in formats:
         advice = _ADVICE.get(name, _LOAD_TIME)
         raise UnsupportedError(
