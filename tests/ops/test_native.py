@@ -61,7 +61,7 @@ def test_products_of_any_size(out: int, into: int, assert_close: Close) -> None:
     weight, bias = draw(out, into, scale=into**-0.5), draw(out)
     packed = ops.pack_linear(weight)
     assert packed.panels is not None
-    for rows in (*range(1, 19), 64):
+    for rows in (*range(1, 19), 64, 261):
         x, residual = draw(rows, into), draw(rows + 3, out)
         numbers = torch.randperm(rows + 3)[:rows]
         expected = F.linear(x.double(), weight.double(), bias.double())

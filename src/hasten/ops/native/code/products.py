@@ -48,6 +48,8 @@ _WIDTH = _VECTORS * LANES
 """Output features of a panel."""
 _ROWS = 8
 """Most rows at a time: with two vectors of a panel for each, they fill half of a processor's registers."""
+_TOGETHER = 256
+"""Rows that are multiplied by all panels before the next are: they and their results stay in a processor's caches."""
 _UNROLLED = 4
 _AHEAD = 2048
 """Bytes of a panel that are fetched before they are needed."""
@@ -231,22 +233,24 @@ def _product(p, thread, threads):
     out, out_stride, activation = load_i64(p + 80), 4 * load_i64(p + 88), load_i64(p + 96)
     tile, line, other = _tile(), _line(), _other_line()
     count = (outputs + 31) // 32
-    for panel in range(count * thread // threads, count * (thread + 1) // threads):
-        column, here = 128 * panel, min(32, outputs - 32 * panel)
-        weights = panels + 128 * inputs * panel
-        bias_here = bias + column if bias else 0
-        if bias and here < 32:
-            copy(bias_here, line, here)
-            bias_here = line
-        row = 0
-        while row < rows:
-            done = multiply(x + row * stride, stride, weights, inputs, tile, rows - row)
-            for each in range(done):
-                at = row + each
-                own = residual + (load_i64(numbers + 8 * at) if numbers else at) * residual_stride + column
-                to = out + at * out_stride + column
-                finish(tile + 128 * each, bias_here, own if residual else 0, to, here, activation, other)
-            row += done
+    for first in range(0, rows, _TOGETHER):
+        last = min(rows, first + _TOGETHER)
+        for panel in range(count * thread // threads, count * (thread + 1) // threads):
+            column, here = 128 * panel, min(32, outputs - 32 * panel)
+            weights = panels + 128 * inputs * panel
+            bias_here = bias + column if bias else 0
+            if bias and here < 32:
+                copy(bias_here, line, here)
+                bias_here = line
+            row = first
+            while row < last:
+                done = multiply(x + row * stride, stride, weights, inputs, tile, last - row)
+                for each in range(done):
+                    at = row + each
+                    own = residual + (load_i64(numbers + 8 * at) if numbers else at) * residual_stride + column
+                    to = out + at * out_stride + column
+                    finish(tile + 128 * each, bias_here, own if residual else 0, to, here, activation, other)
+                row += done
 
 
 @kernel
