@@ -150,6 +150,23 @@ def test_replicas_are_replaced_one_after_the_other(here: Site) -> None:
     assert server.seen().desired == 1
 
 
+def test_a_replica_that_is_only_busy_is_not_replaced_by_a_form_that_never_gets_ready(here: Site) -> None:
+    server = StandIn(here, replicas=2)
+    server.reaches(2)
+    pids = [server.pid(0), server.pid(1)]
+    os.kill(pids[1], signal.SIGSTOP)
+    try:
+        server.reaches(1)
+        for count in (1, 2):  # by the second it has acted on the first
+            server.change(env={"READY": "0", "WORD": str(count)})
+            eventually(lambda: [event.reason for event in server.seen().events].count("Updated") == count)  # noqa: B023
+        assert [server.pid(0), server.pid(1)] == pids
+    finally:
+        os.kill(pids[1], signal.SIGCONT)
+    eventually(lambda: [server.pid(0), server.pid(1)] != pids, lambda: f"{server.seen()}")
+    assert len({server.pid(0), server.pid(1)} & set(pids)) == 1
+
+
 def test_replicas_wait_for_gpus(here: Site) -> None:
     server = StandIn(here, replicas=2, gpus=2)
     server.reaches(1)

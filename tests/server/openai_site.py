@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterable
@@ -91,6 +92,10 @@ class Site:
         """Whether an engine computes nothing and holds no blocks."""
         stats = self.engine(name).stats()
         return (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
+
+    def read_pending(self) -> None:
+        """Let the loop read what engines have sent: what has come is read before a time that has passed counts."""
+        self._thread.run(asyncio.sleep(0.05))
 
     async def _stop(self) -> None:
         await self._listener.stop(0)

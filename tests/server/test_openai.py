@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -693,7 +692,7 @@ def held_streams(site: Site, client: openai.OpenAI, count: int) -> Iterator[list
         for stream in streams:
             next(stream)
         with stopped(engine):
-            time.sleep(0.05)  # what the process had sent is read
+            site.read_pending()
             if len(engine._queue.engines[0]._tickets) == count:
                 yield streams
                 return

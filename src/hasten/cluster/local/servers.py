@@ -29,7 +29,7 @@ class Replica:
     def __init__(self, instance: InstanceState) -> None:
         self.instance = instance
         self.child: Child | None = None
-        self.was_ready = False
+        self.was_ready = self.is_silent = False
         self.started = self.answered = 0.0
         self.next_start = self.next_look = 0.0
         self.failures = 0
@@ -115,7 +115,7 @@ class ServerSupervisor(Supervisor):
         if isinstance(child, str):
             self._has_died(replica, child)
             return
-        replica.child, replica.was_ready = child, False
+        replica.child, replica.was_ready, replica.is_silent = child, False, False
         replica.started = replica.answered = time.monotonic()
         replica.next_look = replica.started + _LOADING_S
         instance.reason = "loads its models"
@@ -183,6 +183,7 @@ class ServerSupervisor(Supervisor):
             self.note("Ready" if ready else "NotReady", answer, instance.name, warning=not ready)
             self.save()
         replica.was_ready = replica.was_ready or ready
+        replica.is_silent = replica.was_ready and status is None
         replica.next_look = now + (_SERVING_S if ready else _LOADING_S)
         if not replica.was_ready and now - replica.started > self.plan.startup_timeout:
             self._start_again(replica, f"was not ready within --startup-timeout, {self.plan.startup_timeout:g} s")
@@ -194,12 +195,16 @@ class ServerSupervisor(Supervisor):
         self._has_died(replica, why)
 
     def _replace_one(self) -> None:
-        """Stop one replica of an older form, if no other is missing; it then starts in the new one."""
+        """Stop one replica of an older form, if no other is missing; it then starts in the new one.
+
+        One that says itself that it is not ready serves nobody, and goes first; one that does not answer may only be
+        busy.
+        """
         wanted = _template(self.plan)
         old = [each for each in self._replicas if each.child is not None and each.instance.template != wanted]
         if not old:
             return
-        unready = [each for each in old if not each.instance.ready]
+        unready = [each for each in old if not each.instance.ready and not each.is_silent]
         chosen = (unready or old)[0]
         if all(each.instance.ready for each in self._replicas if each is not chosen) or chosen in unready:
             self._stop(chosen, "is replaced")
