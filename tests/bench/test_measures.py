@@ -63,6 +63,14 @@ def test_a_table_on_a_narrow_terminal_loses_nothing(
     ]
 
 
+def test_a_number_above_figures_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "12")
+    report.print_table("load", ("rate", "requests/s"), [("2.5", "2"), ("inf", "9")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["load", "", "rate 2.5", "  requests/s", "2", "", "rate inf", "  requests/s", "9"]
+
+
 def test_latency_tells_the_first_token_from_the_others() -> None:
     slow, fast = Clock("slow", 0.5), Clock("fast", 0.125)
     first, second = latency.measure([slow, fast], fixed(4, 16, 9), 1000, repetitions=3)

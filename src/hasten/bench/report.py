@@ -129,7 +129,16 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         return
     width = max(map(len, columns))
     for row in rows:
-        console.print(f"\n{row[0]}", highlight=False, markup=False)
+        console.print(f"\n{_heading(columns[0], row[0])}", highlight=False, markup=False)
         for column, cell in zip(columns[1:], row[1:], strict=True):
             if cell:
                 console.print(f"  {column:<{width}}  {cell}", highlight=False, markup=False)
+
+
+def _heading(column: str, cell: str) -> str:
+    """What stands above a row's figures: its first cell, and what that is where it is a number."""
+    try:
+        float(cell)
+    except ValueError:
+        return cell
+    return f"{column} {cell}"
