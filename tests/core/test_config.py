@@ -234,6 +234,22 @@ def test_names_of_vllm() -> None:
         EngineConfig.create("folder", kv_cache_memory=1, kv_cache_memory_bytes=1)
 
 
+def test_none_is_what_is_left_out() -> None:
+    assert EngineConfig.create("folder", **{f.name: None for f in engine_fields()}) == EngineConfig(model="folder")
+
+
+@pytest.mark.parametrize("name", ["awq", "awq_marlin", "gptq", "compressed-tensors"])
+def test_the_format_of_a_checkpoint_is_not_an_option(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"quantization='{name}' is not an option: a checkpoint in that format is"):
+        EngineConfig.create("folder", quantization=name)
+
+
+@pytest.mark.parametrize("model", [None, 5, b"folder"])
+def test_a_model_has_a_name(model: Any) -> None:
+    with pytest.raises(ConfigError, match="model must be a folder or a Hugging Face id, got "):
+        EngineConfig.create(model)
+
+
 def test_options_that_choose_nothing_are_accepted_where_they_ask_for_nothing_else() -> None:
     harmless: dict[str, Any] = {
         name: True if values is None else values[0] for name, (values, _) in WITHOUT_EFFECT.items()
@@ -268,7 +284,6 @@ def test_an_unknown_option_suggests_the_nearest(name: str, message: str) -> None
     ("name", "value", "kind"),
     [
         ("max_num_seqs", "8", "a whole number"),
-        ("max_num_seqs", None, "a whole number"),
         ("max_model_len", 2.5, "a whole number or None"),
         ("block_size", True, "a whole number"),
         ("tensor_parallel_size", "2", "a whole number"),

@@ -5,6 +5,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,17 +192,18 @@ class EngineConfig:
         )
 
     @classmethod
-    def create(cls, model: str, **options: Any) -> "EngineConfig":
+    def create(cls, model: str | os.PathLike[str], **options: Any) -> "EngineConfig":
         """Build from flat option names (`tensor_parallel_size=2`, `block_size=32`), aliases of fields included.
 
         ConfigError for an unknown one; options of vLLM that ask for nothing that hasten does otherwise have no effect.
         """
+        require(isinstance(model, str | os.PathLike), f"model must be a folder or a Hugging Face id, got {model!r}")
         given = by_field(options, engine_fields())
         taken = {
             part: kind(**{f.name: given.pop(f.name) for f in dataclasses.fields(kind) if f.name in given})
             for part, kind in _PARTS.items()
         }
-        return cls(model=model, **given, **taken)
+        return cls(model=os.fspath(model), **given, **taken)
 
 
 _PARTS: dict[str, type[Any]] = {"parallel": ParallelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}

@@ -29,11 +29,15 @@ WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
 """Options of vLLM that choose nothing here: the values that ask for what hasten does anyway (None: any value), and why
 others are refused."""
 
+_STORED_FORMATS = ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "mxfp4")
+"""Formats of quantized checkpoints for which vLLM has a value of `quantization`."""
+
 
 def by_field(options: Mapping[str, Any], fields: "Sequence[dataclasses.Field[Any]]") -> dict[str, Any]:
     """Options by the names of `fields`, whose aliases they may be given by; ConfigError for an unknown one.
 
-    Options of vLLM that ask for nothing that hasten does otherwise are left out.
+    Options of vLLM that ask for nothing that hasten does otherwise are left out, and so is None, which stands for the
+    default there.
     """
     names = {name: each for each in fields for name in (each.name, *each.metadata.get("aliases", ()))}
     given: dict[str, Any] = {}
@@ -43,8 +47,14 @@ def by_field(options: Mapping[str, Any], fields: "Sequence[dataclasses.Field[Any
             continue
         require(name in names, _unknown_option(name, names))
         described = names[name]
+        require(
+            name != "quantization" or value not in _STORED_FORMATS,
+            f"quantization={value!r} is not an option: a checkpoint in that format is read as its config.json says; "
+            "leave it out",
+        )
         require(described.name not in given, f"{name} and {described.name} are one option; give it once")
-        given[described.name] = _plain(described, value)
+        if value is not None:
+            given[described.name] = _plain(described, value)
     return given
 
 

@@ -68,7 +68,7 @@ class LLM(PoolingMethods):
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Unpack[EngineOptions]) -> None:
-        config = EngineConfig.create(os.fspath(model), **options)
+        config = EngineConfig.create(model, **options)
         self._model = config.model
         self._engine: Engine | None = None
         self._closed_because = "it did not start"
@@ -456,4 +456,4 @@ def run_worker(model: str | os.PathLike[str], **options: Unpack[EngineOptions]) 
     True once rank 0 has ended: there is nothing left to do. False, at once, on rank 0 and in a process that is alone:
     those go on with `LLM` and the same options. Raises as `LLM` does.
     """
-    return launch.run_worker(EngineConfig.create(os.fspath(model), **options))
+    return launch.run_worker(EngineConfig.create(model, **options))
