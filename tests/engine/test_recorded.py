@@ -10,13 +10,16 @@ from tests.encoder_decoders import save_encoder_decoder
 
 from hasten import LLM, SamplingParams
 from hasten.core.dtypes import Quantization
+from hasten.engine.graphs import Prepare, StepOutput
 from hasten.engine.recorded import RecordedSteps
+from hasten.engine.step_message import StepMessage
 from hasten.ops import native
 
 pytest.importorskip("numba", reason="there are no kernels without it")
 
 from hasten.ops.native import launch
 
+DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {"n_head": 4}),
     "llama": ("Llama", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}),
@@ -80,3 +83,37 @@ def test_any_number_of_threads_gives_the_same_bits(
         if quantization is None or native.integer_kernels() is not None:
             assert runner.any_threads
             assert found[0] == found[1] == found[2]
+
+
+def test_a_few_tokens_of_a_sequence_are_recorded_as_single_ones() -> None:
+    choices = ["yes, of course it is", "no, not at all", "not yet"]
+    params = [
+        SamplingParams(choice=choices, temperature=0, max_tokens=30),
+        SamplingParams(regex="Anna (and|or) Ben went to the (garden|house) again", temperature=0.9, seed=4),
+        SamplingParams(temperature=0, max_tokens=30, repetition_penalty=1.2),
+        SamplingParams(choice=choices, temperature=0.9, seed=3, max_tokens=30),
+    ]
+    prompts = ["Anna", "Once upon a time there was", "The", "In the garden by the house there was a tree, and a bird"]
+
+    def generated(llm: LLM) -> tuple[list[list[int]], int]:
+        before = llm.engine.stats.steps
+        outputs = llm.generate(prompts, params)
+        return [output.outputs[0].token_ids for output in outputs], llm.engine.stats.steps - before
+
+    with LLM(DEMO, device="cpu", overlap_steps=False, enforce_eager=True, enable_prefix_caching=False) as llm:
+        expected = generated(llm)
+    with LLM(DEMO, device="cpu", overlap_steps=False, enable_prefix_caching=False) as llm:
+        steps = llm.engine.worker.runner._graphs
+        assert isinstance(steps, RecordedSteps)
+        replayed, replay = list[tuple[int, bool]](), steps.replay
+
+        def watched(message: StepMessage, prepare: Prepare) -> StepOutput | None:
+            output = replay(message, prepare)
+            replayed.append((message.num_tokens - len(message.rows), output is not None))
+            return output
+
+        steps.replay = watched  # type: ignore[method-assign]
+        for _ in range(2):
+            assert generated(llm) == expected
+    assert all(was for more, was in replayed if not more)
+    assert sum(was for more, was in replayed if more) > 2, "forced tokens"

@@ -27,6 +27,8 @@ class RowEdits:
         """Mask of the only tokens that may come next, as `ops.mask_logits` reads it; words behind it are 0."""
         self._stops = _bans((token, _ALWAYS) for token in (*eos_token_ids, *params.stop_token_ids))
         self._runs = _BannedRuns(params.bad_words_ids) if params.bad_words_ids else None
+        self._joined: tuple[Bans, Bans] | None = None
+        """Bans of runs, and the same with those of `_stops`."""
         self.is_constant = self._min_tokens == 0 and self._runs is None
         """Whether they are the same at every step."""
 
@@ -49,7 +51,9 @@ class RowEdits:
             return bans
         if bans is _NONE:
             return self._stops
-        return Bans(np.concatenate((self._stops.ids, bans.ids)), np.concatenate((self._stops.after, bans.after)))
+        if self._joined is None or self._joined[0] is not bans:
+            self._joined = bans, _together(self._stops, bans)
+        return self._joined[1]
 
 
 class _BannedRuns:
@@ -86,8 +90,7 @@ class _BannedRuns:
                 found.append((run[-1], run[-2] if pending else _ALWAYS))
         if not found:
             return bans
-        more = _bans(found)
-        return Bans(np.concatenate((bans.ids, more.ids)), np.concatenate((bans.after, more.after)))
+        return _together(bans, _bans(found))
 
 
 def _mask_of(tokens: Iterable[int]) -> Integers:
@@ -101,6 +104,10 @@ def _mask_of(tokens: Iterable[int]) -> Integers:
 def _bans(pairs: Iterable[tuple[int, int]]) -> Bans:
     array = np.array(list(pairs), dtype=np.int32).reshape(-1, 2)
     return Bans(np.ascontiguousarray(array[:, 0]), np.ascontiguousarray(array[:, 1]))
+
+
+def _together(first: Bans, second: Bans) -> Bans:
+    return Bans(np.concatenate((first.ids, second.ids)), np.concatenate((first.after, second.after)))
 
 
 _NONE = _bans(())

@@ -256,7 +256,10 @@ class Runner:
 
     def record_steps(self) -> None:
         """Record steps of single tokens on a CPU as they come, to be replayed."""
-        self._graphs = RecordedSteps(lambda tokens: self._predict(self._hidden(tokens.ids, tokens)), self._inputs)
+        vocabulary = self.head.vocab_size if self.stage.is_last and self._keeps_cache else 0
+        self._graphs = RecordedSteps(
+            lambda tokens: self._predict(self._hidden(tokens.ids, tokens)), self._inputs, vocabulary
+        )
 
     @property
     def any_threads(self) -> bool:
