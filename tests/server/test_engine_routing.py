@@ -11,12 +11,21 @@ from hasten.server.engine.wire import Step
 BLOCK = 16
 
 
-def ticket(number: int, tokens: int = BLOCK, *, text: int | None = None, width: int = 1, priority: int = 0) -> Ticket:
-    """A request of so many tokens; those with the same `text` begin alike."""
+def ticket(
+    number: int,
+    tokens: int = BLOCK,
+    *,
+    text: int | None = None,
+    width: int = 1,
+    priority: int = 0,
+    output: int | None = None,
+) -> Ticket:
+    """A request of so many tokens; those with the same `text` begin alike. Without an `output` it may end earlier."""
     prompt = tuple(
         range(1000 * (number if text is None else -text), 1000 * (number if text is None else -text) + tokens)
     )
-    return Ticket(number, prompt, width, bytearray(10), priority, prefixes=prefixes_of(prompt, BLOCK))
+    most, may_stop, prefixes = output or 256, output is None, prefixes_of(prompt, BLOCK)
+    return Ticket(number, prompt, width, bytearray(10), priority, most, may_stop, prefixes=prefixes)
 
 
 def queue(engines: int, places: int = 8, **limits: int) -> RequestQueue:
@@ -116,6 +125,18 @@ def test_prompts_that_wait_to_be_computed_count_with_their_tokens() -> None:
     assert put(requests, ticket(4)) == [0]
 
 
+def test_outputs_whose_length_is_known_count_with_it() -> None:
+    requests = queue(2)
+    long, short = ticket(0, output=200), [ticket(number, output=10) for number in range(1, 7)]
+    assert put(requests, long, *short) == [0, *(1,) * 6]
+    assert [engine.tokens_to_come for engine in requests.engines] == [200, 60]
+    assert put(requests, ticket(7), ticket(8)) == [1, 0]
+    requests.engines[0].set_compiling(long, True)
+    assert requests.engines[0].tokens_to_come == 64
+    requests.remove(long)
+    assert [engine.tokens_to_come for engine in requests.engines] == [64, 124]
+
+
 def test_nobody_waits_while_an_engine_has_a_place() -> None:
     requests = queue(2, places=2)
     first = ticket(0, 2000)
@@ -146,7 +167,7 @@ def test_the_engine_that_has_a_request_loses_it() -> None:
         assert engine is requests.engines[index]
         assert requests.remove(each) is None
     assert requests.is_empty
-    assert [(engine.sequences, engine.tokens_ahead) for engine in requests.engines] == [(0, 0), (0, 0)]
+    assert [(e.sequences, e.tokens_ahead, e.tokens_to_come) for e in requests.engines] == [(0, 0, 0), (0, 0, 0)]
 
 
 def test_what_a_dead_engine_had_not_begun_goes_to_another_one_at_its_old_turn() -> None:

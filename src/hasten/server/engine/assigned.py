@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
-from hasten.server.engine.routing import PrefixTable
+from hasten.server.engine.routing import PrefixTable, tokens_to_come
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wait import WaitEstimator
 from hasten.server.engine.wire import Step
@@ -28,6 +28,8 @@ class AssignedRequests:
         """Of its requests, but for those that wait for their grammars."""
         self.tokens_ahead = self.tokens_sent = 0
         """Tokens to compute of the prompts that it has not begun, and of all that it was ever sent."""
+        self.tokens_to_come = 0
+        """Of its sequences, from their first token on."""
         self.prefixes = PrefixTable()
         self._on_change = on_change
         """Called whenever a request that came now might have to wait for another time."""
@@ -96,7 +98,7 @@ class AssignedRequests:
             self.prefixes.add(ticket.prefixes)
         self.tokens_ahead += ticket.to_compute
         self.tokens_sent += ticket.to_compute
-        self.sequences += ticket.width
+        self._count(ticket, 1)
         self._tickets[ticket.number] = ticket
         self._on_change()
 
@@ -128,7 +130,7 @@ class AssignedRequests:
         """A request begins to wait for its grammar, or has waited for it."""
         if ticket.compiling != compiling:
             ticket.compiling = compiling
-            self.sequences += -ticket.width if compiling else ticket.width
+            self._count(ticket, -1 if compiling else 1)
             self._compiling += 1 if compiling else -1
             self._on_change()
 
@@ -139,9 +141,15 @@ class AssignedRequests:
         self._forget(ticket)
         self._on_change()
 
+    def _count(self, ticket: Ticket, sign: int) -> None:
+        """Sequences of a request take places, or take them no more."""
+        self.sequences += sign * ticket.width
+        self.tokens_to_come += sign * tokens_to_come(ticket)
+
     def _forget(self, ticket: Ticket) -> None:
         ticket.engine = None
-        self.sequences -= 0 if ticket.compiling else ticket.width
+        if not ticket.compiling:
+            self._count(ticket, -1)
         self._begun -= 0 if ticket.begun is None else ticket.width
         self._compiling -= ticket.compiling
         self.tokens_ahead -= ticket.to_compute if ticket.begun is None else 0

@@ -1,6 +1,6 @@
 """Which of several engines of one model a request goes to: where its prompt's prefix is cached, else the least loaded.
 
-Both are compared in tokens of prompts: a request goes where the fewest are to be computed for it and before it. So a
+Both are compared in tokens: a request goes where the fewest are to be computed for it and before it. So a
 cached prefix decides as long as it saves more work than the engine that has it is behind, and a common prefix, such as
 a system prompt, spreads to all engines under load.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hasten.server.engine.ticket import Ticket
 
 _SEQUENCE_TOKENS = 64
-"""Tokens of prompts that a sequence with an engine counts as: its own tokens to come, each of which takes a step."""
+"""Tokens to come of a completion that may end before it has as many as it may have."""
 _MOST_BLOCKS = 1024
 """Of a prompt that are looked at: each takes about half a microsecond."""
 
@@ -65,6 +65,11 @@ class PrefixTable:
             self._known.popitem(last=False)
 
 
+def tokens_to_come(ticket: "Ticket") -> int:
+    """About how many tokens a request's completions will have."""
+    return ticket.width * (min(ticket.max_tokens, _SEQUENCE_TOKENS) if ticket.may_stop else ticket.max_tokens)
+
+
 def choose(ticket: "Ticket", engines: "Sequence[AssignedRequests]") -> "AssignedRequests":
     """The engine for a request, one of these; of equal ones the one that has got the fewest tokens so far."""
     if len(engines) == 1:
@@ -73,6 +78,6 @@ def choose(ticket: "Ticket", engines: "Sequence[AssignedRequests]") -> "Assigned
 
     def cost(engine: "AssignedRequests") -> tuple[int, int]:
         to_compute = prompt - engine.prefixes.cached_tokens(ticket.prefixes)
-        return engine.tokens_ahead + _SEQUENCE_TOKENS * engine.sequences + to_compute, engine.tokens_sent
+        return engine.tokens_ahead + engine.tokens_to_come + to_compute, engine.tokens_sent
 
     return min(engines, key=cost)
