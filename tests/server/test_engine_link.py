@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -20,14 +21,20 @@ def work(seconds: float) -> None:
         pass
 
 
-async def acknowledged(*turns: tuple[float, float]) -> list[float]:
-    """CPU seconds that are reported of steps, each with the work of its readers and the work until the next ones."""
+async def linked(on_steps: Callable[[list[Step]], None]) -> tuple[EngineLink, socket.socket]:
+    """A link to a process that does nothing, and the engine's end of its socket."""
     ours, theirs = socket.socketpair()
-    costs = iter([writing for writing, _ in turns])
     process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    link = EngineLink(process, lambda _: work(next(costs)), Delivery())
+    link = EngineLink(process, on_steps, Delivery())
     ours.setblocking(False)
     await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
+    return link, theirs
+
+
+async def acknowledged(*turns: tuple[float, float]) -> list[float]:
+    """CPU seconds that are reported of steps, each with the work of its readers and the work until the next ones."""
+    costs = iter([writing for writing, _ in turns])
+    link, theirs = await linked(lambda _: work(next(costs)))
     decode, frames, reported = msgspec.msgpack.Decoder(ToEngine).decode, Frames(), []
     reader, writer = await asyncio.open_unix_connection(sock=theirs)
     for _, afterwards in turns:
@@ -44,6 +51,26 @@ async def acknowledged(*turns: tuple[float, float]) -> list[float]:
     await link.close()
     writer.close()
     return reported
+
+
+async def sent_in_a_turn(frames: list[bytearray]) -> tuple[bytes, bytes]:
+    """What of these messages, sent in one turn of the event loop, has left within it, and what comes with the next."""
+    link, theirs = await linked(lambda _: None)
+    theirs.setblocking(False)
+    for frame in frames:
+        link.send_frame(frame)
+    within = theirs.recv(1 << 20)
+    await asyncio.sleep(0)
+    after = theirs.recv(1 << 20)
+    await link.close()
+    theirs.close()
+    return within, after
+
+
+def test_the_first_requests_of_a_burst_leave_before_the_last_are_read() -> None:
+    frames = [bytearray([number]) * 1000 for number in range(40)]
+    within, after = asyncio.run(sent_in_a_turn(frames))
+    assert (within, after) == (b"".join(frames[:34]), b"".join(frames[34:]))
 
 
 def test_what_goes_on_behind_a_message_counts_with_the_next_one() -> None:

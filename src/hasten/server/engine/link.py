@@ -18,6 +18,9 @@ from hasten.server.histogram import Histogram
 
 _LEAVE_S = 5.0
 """How long a process that is to end, or has closed its end, may take to leave, on a busy machine too."""
+_MOST_QUEUED_BYTES = 16 << 10
+"""Of messages that are sent together: the requests of a burst take milliseconds to read, and engines begin with the
+first ones meanwhile."""
 _DELIVERY_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
 
@@ -95,6 +98,8 @@ class EngineLink(asyncio.Protocol):
         if not self._queued:
             asyncio.get_running_loop().call_soon(self._flush)
         self._queued += frame
+        if len(self._queued) >= _MOST_QUEUED_BYTES:
+            self._flush()
 
     def _flush(self) -> None:
         if self._queued and not self._transport.is_closing():
