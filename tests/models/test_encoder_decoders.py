@@ -1,5 +1,7 @@
 """Encoder-decoders compared with transformers' `generate`, in fp32."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +125,42 @@ def test_what_is_left_out_shows(
     right = their_logprobs(folder, PROMPTS[-1], found.token_ids)
     pairs = zip(found.token_ids, found.logprobs, strict=True)
     assert max(abs(top[token].logprob - float(right[index, token])) for index, (token, top) in enumerate(pairs)) > 1e-2
+
+
+def changed(folder: Path, copy: Path, **values: Any) -> Path:
+    """A copy of a model with other values in both of its configurations."""
+    shutil.copytree(folder, copy)
+    for name in ("config.json", "generation_config.json"):
+        before = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps(before | values))
+    return copy
+
+
+@pytest.mark.parametrize("bad", [-1, 200, 1_000_000])
+def test_forced_tokens_outside_the_vocabulary_cannot_come_and_end_nothing(
+    bad: int, save: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last token of the vocabulary is what -1 would be, if it were an index."""
+    names = ("forced_bos_token_id", "forced_eos_token_id")
+    params = SamplingParams(temperature=0, max_tokens=4)
+    found = []
+    for title, value in (("free", None), ("bad", bad)):
+        folder = changed(save("bart"), tmp_path / title, **dict.fromkeys(names, value))
+        with LLM(folder, kv_cache_memory=1 << 22) as llm:
+            found.append(tokens(llm, params))
+    assert found[0] == found[1]
+    for name in names:
+        assert f"{name} [{bad}] is not in the vocabulary of 200 tokens; it is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("bad", [-1, 200])
+def test_an_output_cannot_begin_behind_a_token_outside_the_vocabulary(
+    kind: str, bad: int, save: Save, tmp_path: Path
+) -> None:
+    folder = changed(save(kind), tmp_path / "bad", decoder_start_token_id=bad)
+    with pytest.raises(ConfigError, match=f"config.json: decoder_start_token_id {bad} is not in the vocabulary of"):
+        LLM(folder, device="cpu")
 
 
 def test_bad_input(save: Save) -> None:

@@ -132,6 +132,8 @@ def _with_known_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
         bos_token_id=next(iter(known("bos_token_id", config.bos_token_id)), None),
         eos_token_ids=known("eos_token_id", *config.eos_token_ids),
         pad_token_id=next(iter(known("pad_token_id", config.pad_token_id)), None),
+        forced_bos_token_id=next(iter(known("forced_bos_token_id", config.forced_bos_token_id)), None),
+        forced_eos_token_ids=known("forced_eos_token_id", *config.forced_eos_token_ids),
     )
 
 

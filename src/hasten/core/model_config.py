@@ -327,6 +327,11 @@ class ModelConfig:
             (self.encoder is None) == (self.decoder_start_token_id is None),
             "an encoder-decoder has a decoder_start_token_id, and only it",
         )
+        start = self.decoder_start_token_id
+        require(
+            start is None or 0 <= start < self.vocab_size,
+            f"decoder_start_token_id {start} is not in the vocabulary of {self.vocab_size} tokens",
+        )
         require(
             self.encoder is None or _width(self.encoder.attention) == _width(self.attention),
             "heads of encoder and decoder that differ in their width together are not supported",
