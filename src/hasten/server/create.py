@@ -27,10 +27,9 @@ from hasten.server.models.interfaces import (
     POOLING_KINDS,
     Kind,
 )
-from hasten.server.models.parameters import KIND, TOKEN_MODEL, engine_parameters
+from hasten.server.models.parameters import DEFAULT_TOKEN_MODEL, KIND, TOKEN_MODEL, engine_parameters
 from hasten.server.repository import CONFIG, is_model_name
 
-TOKEN_NAME = "fastertransformer"
 _PREPROCESSING, _POSTPROCESSING, _ENSEMBLE = "preprocessing", "postprocessing", "ensemble"
 _OWN = (_PREPROCESSING, _POSTPROCESSING, _ENSEMBLE)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -52,7 +51,7 @@ _UNUSED = "context_embeddings"
 def model_configs(
     engine: EngineConfig,
     *,
-    token_name: str = TOKEN_NAME,
+    token_name: str = DEFAULT_TOKEN_MODEL,
     text_name: str | None = None,
     decoupled: bool = False,
     limits: QueueLimits | None = None,
@@ -90,7 +89,7 @@ def model_configs(
     return [completed(config, config.name) for config in configs]
 
 
-def default_text_name(model: str, token_name: str = TOKEN_NAME) -> str:
+def default_text_name(model: str, token_name: str = DEFAULT_TOKEN_MODEL) -> str:
     """The checkpoint's folder's name, its parent's for `N-gpu`, as far as a model can be called so."""
     name = model_name(model)
     return f"{name or 'model'}-text" if name in ("", token_name, *_OWN) else name

@@ -24,7 +24,7 @@ from hasten.server.models.text_processing import Postprocessing, Preprocessing
 from hasten.server.models.token_model import TokenModel
 from hasten.server.repository import Description, Repository
 from hasten.server.statistics import Counters
-from hasten.server.types import ErrorKind, InferRequest, ServiceError
+from hasten.server.types import ErrorKind, InferRequest, ServiceError, invalid
 from hasten.server.version import UNLOADED, LoadFailure, Responses, State, Version, dependencies, load_error
 
 StartEngine = Callable[..., Awaitable[EngineClient]]
@@ -193,7 +193,7 @@ class Registry:
             description = await self._describe(name, config_json, files)
             for needed, _ in dependencies(description):
                 if needed in (*trail, name):
-                    raise ServiceError(ErrorKind.INVALID, f"load failed for model '{name}': it needs itself\n")
+                    raise invalid(f"load failed for model '{name}': it needs itself\n")
                 if needed in failed:
                     raise failed[needed]
                 if not self.any_serves(needed):
@@ -221,7 +221,7 @@ class Registry:
             raise ServiceError(ErrorKind.INTERNAL, failed)
         if not description.versions:
             policy = f"at least one version must be available under the version policy of model '{name}'"
-            raise ServiceError(ErrorKind.INVALID, f"load failed for model '{name}': {policy}\n")
+            raise invalid(f"load failed for model '{name}': {policy}\n")
         return description
 
     async def _replace(self, description: Description) -> None:

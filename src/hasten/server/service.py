@@ -15,13 +15,12 @@ from hasten import __version__
 from hasten.server.call import note_model
 from hasten.server.engine.client import EngineClient
 from hasten.server.lifecycle import Registry, StartEngine
-from hasten.server.models.config import is_decoupled, parameter
+from hasten.server.models.config import is_decoupled
 from hasten.server.models.interfaces import TEXT_KINDS, Kind
-from hasten.server.models.parameters import TOKEN_MODEL
-from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
+from hasten.server.models.parameters import token_model_of
 from hasten.server.repository import Repository
 from hasten.server.statistics import Counters
-from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, invalid
 from hasten.server.version import LoadFailure, Responses, State, Tally, Version, version_number
 
 EXTENSIONS = (
@@ -104,10 +103,7 @@ class Service:
         async with aclosing(self.stream(request)) as responses:
             async for response in responses:
                 if first is not None:
-                    raise ServiceError(
-                        ErrorKind.INVALID,
-                        f"model '{request.model}' gives several responses to this request; use a stream",
-                    )
+                    raise invalid(f"model '{request.model}' gives several responses to this request; use a stream")
                 first = response
         assert first is not None, "a model gives one response at least"
         return first
@@ -155,9 +151,9 @@ class Service:
         serving = [each for each in self._registry.versions() if self._serves(each) and model in ("", each.name)]
         found = [each for each in serving if not model or number in (-1, each.number)]
         if model and not serving:
-            raise ServiceError(ErrorKind.INVALID, f"requested model '{model}' is not available")
+            raise invalid(f"requested model '{model}' is not available")
         if model and not found:
-            raise ServiceError(ErrorKind.INVALID, f"requested model version is not available for model '{model}'")
+            raise invalid(f"requested model version is not available for model '{model}'")
         return [self.counters.of(each.name, str(each.number)).message(each.name, str(each.number)) for each in found]
 
     def index(self, *, ready: bool = False) -> list[service_pb2.RepositoryIndexResponse.ModelIndex]:
@@ -252,7 +248,7 @@ class Service:
         """The text models that serve, each with the token model whose engine it uses."""
         texts = (each for each in self._registry.versions() if each.description.kind in TEXT_KINDS)
         serving = (each for each in texts if self._serves(each))
-        return {each.name: parameter(each.config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL) for each in serving}
+        return {each.name: token_model_of(each.config) for each in serving}
 
     async def close(self, exit_timeout: float) -> None:
         """Take no more requests, let those in flight finish for up to `exit_timeout` seconds, and end the engines."""

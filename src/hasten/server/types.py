@@ -73,6 +73,11 @@ class ServiceError(HastenError):
         return self.kind.is_temporary
 
 
+def invalid(message: str) -> ServiceError:
+    """The error of a request that is wrong in itself."""
+    return ServiceError(ErrorKind.INVALID, message)
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor of a model, with the batch axis if it has one."""
@@ -91,6 +96,11 @@ class Tensor:
     """BOOL, UINT8 to UINT64, INT8 to INT64, FP16, FP32, FP64 or BYTES."""
     shape: tuple[int, ...]
     data: NDArray[np.generic]
+
+    @classmethod
+    def of(cls, name: str, datatype: str, data: NDArray[np.generic]) -> "Tensor":
+        """A tensor of the shape that its data have."""
+        return Tensor(name, datatype, data.shape, data)
 
 
 class Texts(Tensor):

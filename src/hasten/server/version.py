@@ -14,16 +14,15 @@ from tritonclient.grpc import service_pb2
 from hasten.core.errors import HastenError, exit_status
 from hasten.server.engine.client import Progress
 from hasten.server.errors import service_error
-from hasten.server.models.config import is_decoupled, parameter
-from hasten.server.models.interfaces import TEXT_KINDS, Kind, datatype_name
+from hasten.server.models.config import is_decoupled
+from hasten.server.models.interfaces import Kind, datatype_name
 from hasten.server.models.model import Model
-from hasten.server.models.parameters import TOKEN_MODEL
-from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
+from hasten.server.models.parameters import token_model_of
 from hasten.server.models.validation import Rules
 from hasten.server.models.work import Clock, Outcome, Stream, Work
 from hasten.server.repository import Description
 from hasten.server.statistics import ModelCounters, Tracked
-from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, invalid
 
 UNLOADED = "unloaded"
 _MOST_DIGITS = 19
@@ -246,16 +245,15 @@ def load_error(name: str, versions: Iterable[Version]) -> ServiceError:
     reasons = [
         f"version {version.number} is at UNAVAILABLE state: {version.reason};" for version in versions if version.failed
     ]
-    return ServiceError(ErrorKind.INVALID, f"load failed for model '{name}': {' '.join(reasons)}\n")
+    return invalid(f"load failed for model '{name}': {' '.join(reasons)}\n")
 
 
 def dependencies(description: Description) -> list[tuple[str, int]]:
     """The models that a model needs, and which version of each, -1 for the newest."""
-    config = description.config
     if description.kind is Kind.ENSEMBLE:
-        return [(step.model_name, step.model_version or -1) for step in config.ensemble_scheduling.step]
-    default = DEFAULT_TOKEN_MODEL if description.kind in TEXT_KINDS else ""
-    name = "" if description.kind is Kind.TOKEN else parameter(config, TOKEN_MODEL, default)
+        steps = description.config.ensemble_scheduling.step
+        return [(step.model_name, step.model_version or -1) for step in steps]
+    name = token_model_of(description.config)
     return [(name, -1)] if name else []
 
 
@@ -266,14 +264,10 @@ def version_number(version: str) -> int:
     # `int` would take digits of any script, and underscores between them
     number = version.removeprefix("-")
     if not (version.isascii() and number.isdigit() and len(number) < _MOST_DIGITS):
-        raise ServiceError(
-            ErrorKind.INVALID,
+        raise invalid(
             f"failed to get model version from specified version string '{version}' (details: stol), "
-            "version should be an integral value > 0",
+            "version should be an integral value > 0"
         )
     if int(version) < 0:
-        raise ServiceError(
-            ErrorKind.INVALID,
-            f"invalid model version specified '{version}' , version should be an integral value > 0",
-        )
+        raise invalid(f"invalid model version specified '{version}' , version should be an integral value > 0")
     return int(version)

@@ -15,9 +15,8 @@ from hasten.core.types import PoolingParams, PoolingTask, Request
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, EngineInfo
 from hasten.server.models.config import parameter
-from hasten.server.models.engine_model import EngineModel
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, ENCODER_TYPES
-from hasten.server.models.pooling_parameters import pooling_params
+from hasten.server.models.model import EngineModel
 from hasten.server.models.work import Outcome, Work
 from hasten.server.pooling.call import Numbers, PoolingCall, Result
 from hasten.server.types import Tensor
@@ -28,6 +27,20 @@ _OUTPUTS: dict[str, dict[str, PoolingTask]] = {
     "token-classifier": {"output_scores": "token_classify"},
 }
 """What each output is made by, by the model's type."""
+
+
+_OF_VECTORS = ("dimensions", "normalize", "truncate_prompt_tokens")
+_OF_SCORES = ("activation", "truncate_prompt_tokens")
+"""Parameters of a request that say what to make of its texts."""
+
+
+def pooling_params(work: Work, task: PoolingTask, **values: Any) -> PoolingParams:
+    """What to make of each text; ServiceError and InvalidRequestError name a parameter that is wrong or not known.
+
+    `values` are those that came otherwise.
+    """
+    known = work.known_parameters(_OF_VECTORS if "embed" in task else _OF_SCORES)
+    return PoolingParams(task=task, **{**known, **values})
 
 
 def check_model_type(config: model_config_pb2.ModelConfig, info: EngineInfo) -> None:
@@ -59,7 +72,7 @@ class EncoderModel(EngineModel):
         outputs = {name: task for name, task in self._outputs.items() if name in work.outputs}
         params = {name: pooling_params(work, task) for name, task in outputs.items()}
         size = sum(tensor.data.nbytes for tensor in work.inputs.values())
-        call = PoolingCall(self._engine, priority=work.priority, queue_timeout=work.queue_timeout)
+        call = PoolingCall(self.engine, priority=work.priority, queue_timeout=work.queue_timeout)
         found: dict[str, list[Result]] = {}
         for name, each in params.items():
             requests = await by_size(size, self._requests, work, each)
@@ -95,8 +108,8 @@ class EncoderModel(EngineModel):
         return requests
 
     def _check(self, index: int, row: Sequence[int]) -> None:
-        info = self._engine.info
-        if len(row) > (most := self._engine.most_prompt_tokens):
+        info = self.engine.info
+        if len(row) > (most := self.engine.most_prompt_tokens):
             raise _wrong(index, "input_ids", f"has {len(row)} tokens; the model takes at most {most}")
         if max(row) >= info.vocab_size:
             raise _wrong(index, "input_ids", f"has token id {max(row)}; the vocabulary ends at {info.vocab_size - 1}")
@@ -109,7 +122,7 @@ def _wrong(index: int, name: str, problem: str) -> InvalidRequestError:
 async def _tensor(name: str, results: Sequence[Result]) -> Tensor:
     arrays = [result.numbers for result in results]
     data: np.ndarray[Any, Any] = await by_size(sum(array.nbytes for array in arrays), padded, arrays)
-    return Tensor(name, "FP32", data.shape, data)
+    return Tensor.of(name, "FP32", data)
 
 
 def padded(arrays: Sequence[Numbers]) -> Numbers:

@@ -17,6 +17,7 @@ from hasten.core.config import EngineConfig
 from hasten.core.dtypes import dtype_name
 from hasten.core.errors import ConfigError
 from hasten.server.engine.client import QueueLimits
+from hasten.server.models.config import kind_of, parameter
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, MODEL_TYPES, TEXT_KINDS, Kind
 
 CHECKPOINT = "model_checkpoint_path"
@@ -24,6 +25,7 @@ TOKENIZER = "tokenizer_path"
 INT8_MODE = "int8_mode"
 KIND = "kind"
 TOKEN_MODEL = "token_model"
+DEFAULT_TOKEN_MODEL = "fastertransformer"
 _ALIASES = {
     "tensor_para_size": "tensor_parallel_size",
     "pipeline_para_size": "pipeline_parallel_size",
@@ -115,6 +117,13 @@ def engine_parameters(config: EngineConfig, model_type: str = DEFAULT_MODEL_TYPE
             value = modes[value] if names.get(option) == INT8_MODE else value
             parameters[names.get(option, option)] = str(value).lower() if isinstance(value, bool) else str(value)
     return parameters
+
+
+def token_model_of(config: model_config_pb2.ModelConfig) -> str:
+    """Name of the token model whose engine a model uses; "" of one that uses none."""
+    kind = kind_of(config)
+    default = DEFAULT_TOKEN_MODEL if kind in TEXT_KINDS else ""
+    return "" if kind in (Kind.TOKEN, Kind.ENSEMBLE) else parameter(config, TOKEN_MODEL, default)
 
 
 def queue_limits(config: model_config_pb2.ModelConfig) -> QueueLimits:

@@ -6,24 +6,18 @@ with the first.
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 
 from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.engine.texts import instruction
 from hasten.server.by_size import by_size
 from hasten.server.json_size import check_json_size
-from hasten.server.models.config import parameter
-from hasten.server.models.encoder_model import padded
+from hasten.server.models.encoder_model import padded, pooling_params
 from hasten.server.models.interfaces import POOLING_KINDS, Kind
-from hasten.server.models.model import Models, required_engine
-from hasten.server.models.parameters import TOKEN_MODEL
-from hasten.server.models.pooling_parameters import pooling_params
-from hasten.server.models.text_model import DEFAULT_TOKEN_MODEL
+from hasten.server.models.model import DependentModel, Models
 from hasten.server.models.work import Outcome, Work
 from hasten.server.pooling.call import PoolingCall, Result
 from hasten.server.pooling.texts import TextReader
@@ -46,34 +40,23 @@ class _VllmRequest(msgspec.Struct, forbid_unknown_fields=True):
 _VLLM = msgspec.json.Decoder(_VllmRequest)
 
 
-class PooledTextModel:
+class PooledTextModel(DependentModel):
     """One version of a text model that makes vectors or scores."""
 
-    engine = None
-
     def __init__(self, config: model_config_pb2.ModelConfig, kind: Kind, models: Models) -> None:
+        super().__init__(config, models)
         self._task = POOLING_KINDS[kind]
-        self._token_model = parameter(config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL)
-        self._models = models
-        engine = required_engine(models.find(self._token_model))
-        pooling = engine.info.pooling
+        pooling = self.token_engine().info.pooling
         if pooling is None or self._task not in pooling.tasks:
             does = "generates text" if pooling is None else f"does {', '.join(pooling.tasks)}"
             raise ConfigError(f"model '{config.name}': parameter 'kind' is {kind.value!r}, but the model {does}")
-        if engine.tokenizer is None:
-            raise ConfigError(f"model '{self._token_model}' has no tokenizer; set its parameter 'tokenizer_path'")
-
-    @property
-    def ready(self) -> bool:
-        """Whether the token model is."""
-        return self._models.find(self._token_model).model.ready
+        self.token_model_tokenizer()
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response."""
-        served = self._models.find(self._token_model)
+        served = self.find()
         with served.use():
-            engine = required_engine(served)
-            call = PoolingCall(engine, priority=work.priority, queue_timeout=work.queue_timeout)
+            call = PoolingCall(self.token_engine(served), priority=work.priority, queue_timeout=work.queue_timeout)
             results = await self._results(call, work)
             work.clock.wait(max(result.queue_seconds for result in results))
             work.clock.compute()
@@ -109,15 +92,12 @@ class PooledTextModel:
         if "text_output" in work.outputs:
             texts[:] = [_encode(result.numbers.tolist()) for result in results]
         name = "embedding" if self._task == "embed" else "scores"
-        tensors = [_tensor("text_output", "BYTES", texts, work), _tensor(name, "FP32", rows, work)]
+        tensors = [work.tensor("text_output", "BYTES", texts), work.tensor(name, "FP32", rows)]
         counts = np.array([len(result.prompt_token_ids) for result in results], np.uint32)
         for name, count in (("num_input_tokens", counts), ("num_output_tokens", np.zeros_like(counts))):
-            if _flag(work, f"return_{name}"):
-                tensors.append(_tensor(name, "UINT32", count, work))
+            if work.flag(f"return_{name}"):
+                tensors.append(work.tensor(name, "UINT32", count))
         return [tensor for tensor in tensors if tensor.name in work.outputs]
-
-    async def close(self, timeout: float) -> None:
-        """It holds nothing."""
 
 
 def _vllm_request(work: Work) -> _VllmRequest | None:
@@ -140,13 +120,3 @@ def _texts(work: Work, name: str) -> list[str]:
         return [bytes(text).decode() for text in work.inputs[name].data.ravel().tolist()]
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"input '{name}' is not UTF-8: {error}") from None
-
-
-def _flag(work: Work, name: str) -> bool:
-    return name in work.inputs and bool(work.inputs[name].data.ravel()[0])
-
-
-def _tensor(name: str, datatype: str, data: NDArray[Any], work: Work) -> Tensor:
-    """With a batch axis of 1 if the inputs have one."""
-    data = data[np.newaxis] if work.batch_size else data
-    return Tensor(name, datatype, data.shape, data)

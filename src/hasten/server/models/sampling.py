@@ -8,7 +8,7 @@ from hasten.core.sampling import KINDS
 from hasten.core.values import Kind
 from hasten.server.json_size import check_json_size
 from hasten.server.tokenizing import check_entries
-from hasten.server.types import ErrorKind, ServiceError
+from hasten.server.types import invalid
 
 
 def _whole(value: Any) -> Any:
@@ -108,16 +108,12 @@ def sampling_options(raw: Mapping[str, Any], known: Mapping[str, str]) -> dict[s
     options = {}
     for name, value in raw.items():
         if name not in known:
-            raise _invalid(f"sampling parameter '{name}' is not known; there are {', '.join(sorted(known))}")
+            raise invalid(f"sampling parameter '{name}' is not known; there are {', '.join(sorted(known))}")
         if value is None:
             continue
         try:
             options[name] = _READERS_OF[name](value)
         except (ValueError, RecursionError):
-            raise _invalid(f"sampling parameter '{name}' must be {KINDS[name]}, got {value!r:.80}") from None
+            raise invalid(f"sampling parameter '{name}' must be {KINDS[name]}, got {value!r:.80}") from None
     check_entries(options)
     return options
-
-
-def _invalid(message: str) -> ServiceError:
-    return ServiceError(ErrorKind.INVALID, message)

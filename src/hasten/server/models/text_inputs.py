@@ -23,7 +23,7 @@ from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS
 from hasten.server.models.sampling import sampling_options
 from hasten.server.models.token_inputs import end_options, sampling
 from hasten.server.models.work import Work
-from hasten.server.types import ErrorKind, ServiceError, Tensor
+from hasten.server.types import Tensor, invalid
 
 _TENSORRT_LLM = frozenset(rule.name for rule in TENSORRT_LLM_INPUTS)
 _KNOWN = names_at(Entrance.TEXT)
@@ -53,13 +53,13 @@ class TextRequest:
 
 def read_text(work: Work, info: EngineInfo) -> TextRequest:
     """The request; ServiceError that names the input or parameter where something is wrong."""
-    stream = _flag(work, "stream")
-    exclude = _flag(work, "exclude_input_in_output", default=stream)
+    stream = work.flag("stream")
+    exclude = work.flag("exclude_input_in_output", stream)
     if stream and not exclude:
-        raise _invalid("When streaming, `exclude_input_in_output` = False is not allowed.")
+        raise invalid("When streaming, `exclude_input_in_output` = False is not allowed.")
     params = _params(work, info)
     if params.n > info.max_num_seqs:
-        raise _invalid(f"n is {params.n}; more than {info.max_num_seqs} sequences at once (max_num_seqs)")
+        raise invalid(f"n is {params.n}; more than {info.max_num_seqs} sequences at once (max_num_seqs)")
     wanted = _wanted(work)
     logprobs = params.logprobs is not None
     if wanted & {"cumulative_logprob", "cum_log_probs"} and not logprobs and params.beam_width == 1:
@@ -76,25 +76,22 @@ def _wanted(work: Work) -> frozenset[str]:
         "return_num_output_tokens": ("num_output_tokens",),
         "return_log_probs": ("cum_log_probs", "output_log_probs"),
     }
-    return work.outputs & {name for flag, names in flags.items() if _flag(work, flag) for name in names}
+    return work.outputs & {name for flag, names in flags.items() if work.flag(flag) for name in names}
 
 
 def _params(work: Work, info: EngineInfo) -> SamplingParams:
     tensors = sorted(_TENSORRT_LLM & work.inputs.keys() - {"return_log_probs"})
     ways = ["input 'sampling_parameters'"] if "sampling_parameters" in work.inputs else []
-    parameters = work.known_parameters(_KNOWN)
+    parameters: Mapping[str, Any] = work.known_parameters(_KNOWN)
     ways += [f"parameter '{name}'" for name in list(parameters)[:1]]
     ways += [f"input '{name}'" for name in tensors[:1]]
     if len(ways) > 1:
-        raise _invalid(f"{ways[0]} and {ways[1]} both say how to sample; give one of them")
-    try:
-        if tensors:
-            return SamplingParams(**_tensorrt_llm(work.inputs, info))
-        if "sampling_parameters" in work.inputs:
-            return SamplingParams(**_own_options(_json(_text(work.inputs["sampling_parameters"]))))
-        return SamplingParams(**_own_options(parameters))
-    except InvalidRequestError as error:
-        raise _invalid(str(error)) from None
+        raise invalid(f"{ways[0]} and {ways[1]} both say how to sample; give one of them")
+    if tensors:
+        return SamplingParams(**_tensorrt_llm(work.inputs, info))
+    if "sampling_parameters" in work.inputs:
+        parameters = _json(_text(work.inputs["sampling_parameters"]))
+    return SamplingParams(**_own_options(parameters))
 
 
 def _json(text: str) -> Mapping[str, Any]:
@@ -102,11 +99,11 @@ def _json(text: str) -> Mapping[str, Any]:
         check_json_size(text.encode())
         raw = json.loads(text) if text.strip() else {}
     except InvalidRequestError as error:
-        raise _invalid(f"input 'sampling_parameters' is not JSON that can be read: {error}") from None
+        raise invalid(f"input 'sampling_parameters' is not JSON that can be read: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise _invalid(f"input 'sampling_parameters' is not JSON: {error}") from None
+        raise invalid(f"input 'sampling_parameters' is not JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise _invalid("input 'sampling_parameters' must be a JSON object")
+        raise invalid("input 'sampling_parameters' must be a JSON object")
     return raw
 
 
@@ -122,7 +119,7 @@ def _tensorrt_llm(inputs: Mapping[str, Tensor], info: EngineInfo) -> dict[str, A
     given = {name: inputs[name].data.ravel().tolist() for name in _TENSORRT_LLM & inputs.keys()}
     values: dict[str, Any] = {ours: given[theirs][0] for theirs, ours in _NAMES.items() if theirs in given}
     if "seed" in given and "random_seed" in given:
-        raise _invalid("inputs 'seed' and 'random_seed' say the same; give one")
+        raise invalid("inputs 'seed' and 'random_seed' say the same; give one")
     for name in ("seed", "random_seed"):
         if name in given:
             values["seed"] = given[name][0]
@@ -138,7 +135,7 @@ def _tensorrt_llm(inputs: Mapping[str, Tensor], info: EngineInfo) -> dict[str, A
     if values.get("beam_width", 1) == 1:
         return {**values, **_choice(top_k, top_p, temperature)}
     if top_k > 1 or top_p not in (0.0, 1.0):
-        raise _invalid("inputs 'top_k' and 'top_p' have no meaning with beam_width above 1; leave them out")
+        raise invalid("inputs 'top_k' and 'top_p' have no meaning with beam_width above 1; leave them out")
     return {"n": max(1, values["beam_width"]), **values, "temperature": temperature}
 
 
@@ -146,29 +143,25 @@ def _guide(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the output keeps to, by TensorRT-LLM's name of its kind."""
     if _GUIDE_TYPE not in given:
         if _GUIDE in given:
-            raise _invalid(f"input '{_GUIDE}' needs '{_GUIDE_TYPE}'")
+            raise invalid(f"input '{_GUIDE}' needs '{_GUIDE_TYPE}'")
         return {}
     kind = _decode(given[_GUIDE_TYPE][0], _GUIDE_TYPE)
     if kind == "json":
         return {"json_schema": ANY_OBJECT}
     if kind not in ("json_schema", "regex"):
-        raise _invalid(f"input '{_GUIDE_TYPE}' must be json, json_schema or regex, got {kind!r:.80}")
+        raise invalid(f"input '{_GUIDE_TYPE}' must be json, json_schema or regex, got {kind!r:.80}")
     if _GUIDE not in given:
-        raise _invalid(f"input '{_GUIDE_TYPE}' {kind} needs '{_GUIDE}'")
+        raise invalid(f"input '{_GUIDE_TYPE}' {kind} needs '{_GUIDE}'")
     return {kind: _decode(given[_GUIDE][0], _GUIDE)}
 
 
 def _choice(top_k: int, top_p: float, temperature: float) -> dict[str, Any]:
     if top_k < 0 or not 0 <= top_p <= 1 or not temperature >= 0:
-        raise _invalid(
+        raise invalid(
             f"inputs 'top_k' and 'temperature' must not be negative and 'top_p' must be from 0 to 1; got {top_k}, "
             f"{temperature} and {top_p}"
         )
     return sampling(top_k, top_p, temperature)
-
-
-def _flag(work: Work, name: str, default: bool = False) -> bool:
-    return bool(work.inputs[name].data.ravel()[0]) if name in work.inputs else default
 
 
 def _text(tensor: Tensor) -> str:
@@ -179,8 +172,4 @@ def _decode(data: Any, name: str) -> str:
     try:
         return bytes(data).decode()
     except UnicodeDecodeError as error:
-        raise _invalid(f"input '{name}' is not UTF-8: {error}") from None
-
-
-def _invalid(message: str) -> ServiceError:
-    return ServiceError(ErrorKind.INVALID, message)
+        raise invalid(f"input '{name}' is not UTF-8: {error}") from None

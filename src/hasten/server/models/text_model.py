@@ -19,54 +19,34 @@ from hasten.server.by_size import by_size
 from hasten.server.engine.client import CompletionDelta, EngineClient, Progress
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wire import Logprob
-from hasten.server.models.config import is_decoupled, parameter
-from hasten.server.models.model import Models, Served, required_engine
-from hasten.server.models.parameters import TOKEN_MODEL
+from hasten.server.models.config import is_decoupled
+from hasten.server.models.model import DependentModel, Models
 from hasten.server.models.text_inputs import TextRequest, read_text
 from hasten.server.models.work import Outcome, Work
 from hasten.server.types import ErrorKind, ServiceError, Tensor, Texts
 
-DEFAULT_TOKEN_MODEL = "fastertransformer"
 
-
-class TextModel:
+class TextModel(DependentModel):
     """One version of a text model."""
 
-    engine = None
-
     def __init__(self, config: model_config_pb2.ModelConfig, models: Models) -> None:
+        super().__init__(config, models)
         self._decoupled = is_decoupled(config)
-        self._token_model = parameter(config, TOKEN_MODEL, DEFAULT_TOKEN_MODEL)
-        self._models = models
-        engine = required_engine(models.find(self._token_model))
-        if (pooling := engine.info.pooling) is not None:
+        if (pooling := self.token_engine().info.pooling) is not None:
             raise ConfigError(
                 f"model '{config.name}': {pooling.architecture} generates no text; set parameter 'kind' to embedding "
                 "or classification"
             )
-        if engine.tokenizer is None:
-            raise ConfigError(f"model '{self._token_model}' has no tokenizer; set its parameter 'tokenizer_path'")
-
-    @property
-    def ready(self) -> bool:
-        """Whether the token model is."""
-        return self.find().model.ready
+        self.token_model_tokenizer()
 
     def execute(self, work: Work) -> "_Responses":
         """One response, or with `stream` one whenever there is more."""
         return _Responses(self, work)
 
-    def find(self) -> Served:
-        """The token model that serves now; ServiceError where there is none."""
-        return self._models.find(self._token_model)
-
     def check_stream(self, name: str) -> None:
         """ServiceError where it cannot stream; `name`: its own."""
         if not self._decoupled:
             raise ServiceError(ErrorKind.UNSUPPORTED, f"model '{name}' is not decoupled and cannot stream")
-
-    async def close(self, timeout: float) -> None:
-        """It holds nothing."""
 
 
 class _Responses:
@@ -97,7 +77,7 @@ class _Responses:
     async def _begin(self) -> Ticket:
         work, served = self._work, self._model.find()
         self._held.enter_context(served.use())
-        self._engine = required_engine(served)
+        self._engine = self._model.token_engine(served)
         request = read_text(work, self._engine.info)
         if request.stream:
             self._model.check_stream(work.model)
@@ -155,23 +135,18 @@ class _Reply:
             texts = [_logprobs_json(delta) if self._request.logprobs else "null" for delta in deltas]
             return self._texts(name, texts)
         if name == "num_input_tokens":
-            return self._tensor(name, "UINT32", np.array([self._prompt_tokens], np.uint32))
+            return self._work.tensor(name, "UINT32", np.array([self._prompt_tokens], np.uint32))
         if name == "num_output_tokens":
-            return self._tensor(name, "UINT32", np.array([len(delta.token_ids) for delta in deltas], np.uint32))
+            return self._work.tensor(name, "UINT32", np.array([len(delta.token_ids) for delta in deltas], np.uint32))
         if name == "output_log_probs":
-            return self._tensor(name, "FP32", _matrix([_chosen(delta) for delta in deltas]))
+            return self._work.tensor(name, "FP32", _matrix([_chosen(delta) for delta in deltas]))
         sums = np.array([delta.cumulative_logprob or 0.0 for delta in deltas], np.float32)
-        return self._tensor(name, "FP32", sums)
+        return self._work.tensor(name, "FP32", sums)
 
     def _texts(self, name: str, texts: list[str]) -> Tensor:
         """One for each completion."""
         shape = (1, len(texts)) if self._work.batch_size else (len(texts),)
         return Texts(name, shape, [text.encode() for text in texts])
-
-    def _tensor(self, name: str, datatype: str, data: NDArray[Any]) -> Tensor:
-        """With a batch axis of 1 if the inputs have one."""
-        data = data[np.newaxis] if self._work.batch_size else data
-        return Tensor(name, datatype, data.shape, data)
 
 
 def _matrix(rows: list[list[float]]) -> NDArray[np.float32]:

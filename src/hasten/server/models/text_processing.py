@@ -18,14 +18,13 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.engine.text import Tokenizer
-from hasten.server.engine.client import EngineClient
 from hasten.server.models.config import parameter
-from hasten.server.models.model import Models, required_engine
-from hasten.server.models.parameters import TOKEN_MODEL, TOKENIZER
+from hasten.server.models.model import DependentModel, Models
+from hasten.server.models.parameters import TOKENIZER
 from hasten.server.models.token_inputs import pack_words
 from hasten.server.models.work import Outcome, Work
 from hasten.server.tokenizing import FEW_DECODED, MAX_DECODED, Result, check_words, tokenizing
-from hasten.server.types import ErrorKind, ServiceError, Tensor
+from hasten.server.types import Tensor, invalid
 
 _MAX_CSV_CHARACTERS = 32 << 10
 """Of the words of one item, with commas and quotes."""
@@ -33,53 +32,39 @@ _MAX_DISTINCT_WORDS = 16_384
 """Of all items of a request."""
 
 
-class _Processing:
+class _Processing(DependentModel):
     """A model that needs a tokenizer alone: its own, or the one of the token model that serves at the time."""
 
-    engine = None
-
     def __init__(self, config: model_config_pb2.ModelConfig, models: Models, folder: Path) -> None:
+        super().__init__(config, models)
         own = parameter(config, TOKENIZER, "")
         self._own = Tokenizer.from_folder(folder / own) if own else None
-        self._token_model = parameter(config, TOKEN_MODEL, "")
-        self._models = models
-        if not own and not self._token_model:
+        if not own and not self.token_model:
             raise ConfigError(f"model '{config.name}' needs parameter 'token_model' or 'tokenizer_path'")
         self.tokenizer()
 
     def tokenizer(self) -> Tokenizer:
         """The one to use now; ConfigError where there is none."""
-        if self._own is not None:
-            return self._own
-        tokenizer = self._token_engine().tokenizer
-        if tokenizer is None:
-            raise ConfigError(f"model '{self._token_model}' has no tokenizer; set its parameter 'tokenizer_path'")
-        return tokenizer
-
-    def _token_engine(self) -> EngineClient:
-        return required_engine(self._models.find(self._token_model))
+        return self.token_model_tokenizer() if self._own is None else self._own
 
     async def _run(self, work: Callable[[], Result]) -> Result:
         """Do some work on a thread; a refusal is counted as the token model's where there is one."""
-        with self._token_engine().counting_refusals() if self._token_model else nullcontext():
+        with self.token_engine().counting_refusals() if self.token_model else nullcontext():
             return await tokenizing.run(work)
 
     async def _encode(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         """Token ids of each text: by the token model's limits where there is one."""
         try:
-            if not self._token_model:
+            if not self.token_model:
                 return await tokenizing.encode(tokenizer, texts)
-            return await self._token_engine().tokenize(texts, tokenizer=tokenizer)
+            return await self.token_engine().tokenize(texts, tokenizer=tokenizer)
         except InvalidRequestError as error:
-            raise _invalid(f"input 'QUERY': {error}") from None
+            raise invalid(f"input 'QUERY': {error}") from None
 
     @property
     def ready(self) -> bool:
         """Always: it computes nothing on a device."""
         return True
-
-    async def close(self, timeout: float) -> None:
-        """It holds nothing."""
 
 
 class Preprocessing(_Processing):
@@ -105,11 +90,11 @@ def _prepared(tokenizer: Tokenizer, prompts: list[list[int]], inputs: Mapping[st
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
     return [
-        _tensor("INPUT_ID", "UINT32", ids),
-        _tensor("REQUEST_INPUT_LEN", "UINT32", lengths),
-        _tensor("BAD_WORDS_IDS", "INT32", bad),
-        _tensor("STOP_WORDS_IDS", "INT32", stop),
-        _tensor("REQUEST_OUTPUT_LEN", "UINT32", inputs["REQUEST_OUTPUT_LEN"].data),
+        Tensor.of("INPUT_ID", "UINT32", ids),
+        Tensor.of("REQUEST_INPUT_LEN", "UINT32", lengths),
+        Tensor.of("BAD_WORDS_IDS", "INT32", bad),
+        Tensor.of("STOP_WORDS_IDS", "INT32", stop),
+        Tensor.of("REQUEST_OUTPUT_LEN", "UINT32", inputs["REQUEST_OUTPUT_LEN"].data),
     ]
 
 
@@ -123,7 +108,7 @@ class Postprocessing(_Processing):
         lengths = _lengths(work, tokens)
         work.clock.prepare()
         if tokens.shape[2] > MAX_DECODED:
-            raise _invalid(f"input 'TOKENS_BATCH' has {tokens.shape[2]} tokens an item, the limit is {MAX_DECODED}")
+            raise invalid(f"input 'TOKENS_BATCH' has {tokens.shape[2]} tokens an item, the limit is {MAX_DECODED}")
 
         def decode() -> NDArray[Any]:
             texts = np.empty(tokens.shape[:2], dtype=object)
@@ -132,7 +117,7 @@ class Postprocessing(_Processing):
             return texts
 
         texts = decode() if tokens.size <= FEW_DECODED else await self._run(decode)
-        yield Outcome([_tensor("OUTPUT", "BYTES", texts)], final=True)
+        yield Outcome([Tensor.of("OUTPUT", "BYTES", texts)], final=True)
 
 
 def _lengths(work: Work, tokens: NDArray[Any]) -> NDArray[Any]:
@@ -140,7 +125,7 @@ def _lengths(work: Work, tokens: NDArray[Any]) -> NDArray[Any]:
     if given is None:
         return np.full(tokens.shape[:2], tokens.shape[2])
     if given.shape != tokens.shape[:2]:
-        raise _invalid(f"input 'SEQUENCE_LENGTH' has shape {list(given.shape)}, not {list(tokens.shape[:2])}")
+        raise invalid(f"input 'SEQUENCE_LENGTH' has shape {list(given.shape)}, not {list(tokens.shape[:2])}")
     return given.data
 
 
@@ -151,13 +136,13 @@ def _texts(tensor: Tensor) -> list[list[str]]:
         try:
             rows.append([text.decode() for text in row])
         except UnicodeDecodeError as error:
-            raise _invalid(f"item {index} of the batch: input '{tensor.name}' is not UTF-8: {error}") from None
+            raise invalid(f"item {index} of the batch: input '{tensor.name}' is not UTF-8: {error}") from None
     return rows
 
 
 def _only(texts: list[str], index: int) -> str:
     if len(texts) != 1:
-        raise _invalid(f"item {index} of the batch: input 'QUERY' has {len(texts)} texts, but an item has one")
+        raise invalid(f"item {index} of the batch: input 'QUERY' has {len(texts)} texts, but an item has one")
     return texts[0]
 
 
@@ -176,7 +161,7 @@ class _Words:
     def _word(self, word: str) -> list[list[int]]:
         if word not in self._runs:
             if len(self._runs) == _MAX_DISTINCT_WORDS:
-                raise _invalid(f"the request has more than {_MAX_DISTINCT_WORDS} distinct words, which is the limit")
+                raise invalid(f"the request has more than {_MAX_DISTINCT_WORDS} distinct words, which is the limit")
             self._runs[word] = self._tokenizer.words_ids(word)
         return self._runs[word]
 
@@ -188,21 +173,13 @@ def _read_words(tensor: Tensor) -> list[list[str]]:
         size = sum(map(len, texts))
         where = f"item {index} of the batch: "
         if size > _MAX_CSV_CHARACTERS:
-            raise _invalid(f"{where}input '{tensor.name}' has {size} characters, the limit is {_MAX_CSV_CHARACTERS}")
+            raise invalid(f"{where}input '{tensor.name}' has {size} characters, the limit is {_MAX_CSV_CHARACTERS}")
         try:
             words = [word for row in csv.reader(texts) for word in row if word]
             check_words(f"input '{tensor.name}'", words)
         except csv.Error as error:
-            raise _invalid(f"{where}input '{tensor.name}' is not CSV: {error}") from None
+            raise invalid(f"{where}input '{tensor.name}' is not CSV: {error}") from None
         except InvalidRequestError as error:
-            raise _invalid(f"{where}{error}") from None
+            raise invalid(f"{where}{error}") from None
         rows.append(words)
     return rows
-
-
-def _tensor(name: str, datatype: str, data: NDArray[Any]) -> Tensor:
-    return Tensor(name, datatype, data.shape, data)
-
-
-def _invalid(message: str) -> ServiceError:
-    return ServiceError(ErrorKind.INVALID, message)

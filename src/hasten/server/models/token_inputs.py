@@ -26,7 +26,7 @@ from hasten.core.types import SamplingParams
 from hasten.server.engine.client import EngineInfo
 from hasten.server.models.sampling import sampling_options
 from hasten.server.models.work import Work
-from hasten.server.types import ErrorKind, ServiceError, Tensor
+from hasten.server.types import ErrorKind, ServiceError, Tensor, invalid
 
 _USUAL: Mapping[str, str] = {}
 _MAX_BEAMS_TOP_K = 1
@@ -104,13 +104,10 @@ def _read_items(work: Work, inputs: Mapping[str, Tensor], info: EngineInfo) -> T
 
 def _common(work: Work) -> dict[str, Any]:
     """What the request's parameters say for all items."""
-    try:
-        options = sampling_options(work.known_parameters(PARAMETERS), PARAMETERS)
-    except InvalidRequestError as error:
-        raise ServiceError(ErrorKind.INVALID, str(error)) from None
+    options = sampling_options(work.known_parameters(PARAMETERS), PARAMETERS)
     if ends := [name for name in ("ignore_eos", "stop_token_ids") if name in options and "end_id" in work.inputs]:
         text = f"input 'end_id' and parameter '{ends[0]}' both say what ends the output; give one of them"
-        raise ServiceError(ErrorKind.INVALID, text)
+        raise invalid(text)
     return options
 
 
@@ -188,7 +185,7 @@ def _item(
         params = SamplingParams(**options)
     except InvalidRequestError as error:
         text = _PARAMETER.sub(lambda match: _INPUT_NAMES[match[0]], str(error))
-        raise ServiceError(ErrorKind.INVALID, f"item {index} of the batch: {text}") from None
+        raise invalid(f"item {index} of the batch: {text}") from None
     padding = own_end if end_id is None else end_id
     return Item(_prompt(columns, index, info), params, info.pad_token_id or 0 if padding is None else padding)
 

@@ -15,8 +15,8 @@ from hasten.core.types import SamplingParams
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, Progress
 from hasten.server.models.config import interface_of, is_decoupled, parameter
-from hasten.server.models.engine_model import EngineModel
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, INPUT_NAMES, Kind
+from hasten.server.models.model import EngineModel
 from hasten.server.models.token_inputs import Item, TokenRequest, read_items
 from hasten.server.models.token_outputs import BatchOutput
 from hasten.server.models.work import Outcome, Work
@@ -56,7 +56,7 @@ class TokenModel(EngineModel):
                 yield await self._outcome(output, work, final=done)
 
     def _read(self, work: Work) -> tuple[TokenRequest, BatchOutput]:
-        request = read_items(work, self._engine.info, self._names)
+        request = read_items(work, self.engine.info, self._names)
         return request, BatchOutput(request, with_prompts=self._with_prompts)
 
     async def _follow_all(self, request: TokenRequest, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
@@ -73,7 +73,7 @@ class TokenModel(EngineModel):
                 changed.set()
 
     def _generate(self, prompt: list[int], params: SamplingParams, work: Work) -> AsyncGenerator[Progress, None]:
-        return self._engine.generate(
+        return self.engine.generate(
             prompt,
             params,
             stream=self._decoupled,
@@ -92,4 +92,4 @@ class TokenModel(EngineModel):
         datatype = self._datatypes.get(tensor.name, tensor.datatype)
         if datatype == tensor.datatype:
             return tensor
-        return Tensor(tensor.name, datatype, tensor.shape, tensor.data.view(np.int32))
+        return Tensor.of(tensor.name, datatype, tensor.data.view(np.int32))

@@ -45,14 +45,14 @@ class Snapshot:
     def tensors(self, names: Set[str]) -> list[Tensor]:
         """The outputs with these names."""
         tensors = [
-            _tensor("output_ids", "UINT32", self._output_ids()),
-            _tensor("sequence_length", "UINT32", self.lengths),
-            _tensor("response_input_lengths", "INT32", self.prompt_lengths),
+            Tensor.of("output_ids", "UINT32", self._output_ids()),
+            Tensor.of("sequence_length", "UINT32", self.lengths),
+            Tensor.of("response_input_lengths", "INT32", self.prompt_lengths),
         ]
         if self.request.log_probs:
             tensors += [
-                _tensor("cum_log_probs", "FP32", self.cumulative.astype(np.float32)),
-                _tensor("output_log_probs", "FP32", self._output_log_probs()),
+                Tensor.of("cum_log_probs", "FP32", self.cumulative.astype(np.float32)),
+                Tensor.of("output_log_probs", "FP32", self._output_log_probs()),
             ]
         return [tensor for tensor in tensors if tensor.name in names]
 
@@ -62,10 +62,6 @@ class Snapshot:
 
     def _output_log_probs(self) -> NDArray[np.float32]:
         return _behind(self.log_probs, self.lengths - self.prompt_lengths, np.zeros((), np.float32))
-
-
-def _tensor(name: str, datatype: str, data: NDArray[np.generic]) -> Tensor:
-    return Tensor(name, datatype, data.shape, data)
 
 
 def _behind(rows: NDArray[Any], lengths: NDArray[Any], filler: NDArray[Any]) -> NDArray[Any]:

@@ -7,16 +7,29 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.server.models.config import kind_of
 from hasten.server.models.interfaces import TEXT_KINDS, datatype_name
-from hasten.server.models.reserved import own_parameters
 from hasten.server.models.work import Work
 from hasten.server.protocol.tensors import NUMPY, about
-from hasten.server.types import ErrorKind, InferRequest, Parameter, ServiceError, Tensor
+from hasten.server.types import InferRequest, Parameter, Tensor, invalid
 
 _NOTE = (
     "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
     "input shape. If you want to specify the full shape including the batch dim in your input dims config, try "
     "setting max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
 )
+EMPTY_FINAL = "triton_enable_empty_final_response"
+_RESERVED: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "priority": ((int,), "int64_param or uint64_param"),
+    "timeout": ((int,), "int64_param"),
+    "sequence_id": ((int, str), "int64_param or string_param"),
+    "sequence_start": ((bool,), "bool_param"),
+    "sequence_end": ((bool,), "bool_param"),
+    "binary_data_output": ((bool,), "bool_param"),
+    EMPTY_FINAL: ((bool,), "bool_param"),
+    "cache_salt": ((str,), "string_param"),
+    "headers": ((bool, int, float, str), "any type"),
+}
+"""Parameters of a request that are the protocol's and not the model's: their types, and what messages call these."""
+_NOT_NEGATIVE = ("priority", "timeout")
 
 
 class Rules:
@@ -38,13 +51,13 @@ class Rules:
 
     def work(self, request: InferRequest) -> Work:
         """The request as the model gets it; ServiceError with Triton's text where it does not fit."""
-        own = own_parameters(request.parameters)
+        own = _own_parameters(request.parameters)
         inputs = self._unique(request)
         for at, output in enumerate(request.outputs):
             if any(output.name == earlier.name for earlier in request.outputs[:at]):
-                raise _invalid(f"output '{output.name}' already exists in request")
+                raise invalid(f"output '{output.name}' already exists in request")
             if output.name not in self.outputs:
-                raise _invalid(f"unexpected inference output '{output.name}' for model '{self.name}'")
+                raise invalid(f"unexpected inference output '{output.name}' for model '{self.name}'")
         self._check_count(inputs, about(request.id))
         added = self._may_add_batch and self._has_unit_batch(inputs)
         if added:
@@ -66,7 +79,7 @@ class Rules:
         inputs: dict[str, Tensor] = {}
         for tensor in request.inputs:
             if tensor.name in inputs:
-                raise _invalid(f"{about(request.id)}input '{tensor.name}' already exists in request")
+                raise invalid(f"{about(request.id)}input '{tensor.name}' already exists in request")
             inputs[tensor.name] = tensor
         return inputs
 
@@ -84,7 +97,7 @@ class Rules:
         if least <= count <= most and not (missing and known):
             return
         expected = f"{most} inputs" if least == most else f"number of inputs between {least} and {most}"
-        raise _invalid(
+        raise invalid(
             f"{prefix}expected {expected} but got {count} inputs for model '{self.name}'. Got input(s) "
             f"[{_quoted(inputs)}], but missing required input(s) [{_quoted(missing)}]. Please provide all required "
             "input(s)."
@@ -95,13 +108,13 @@ class Rules:
         tensors = list(inputs.values())
         for tensor in tensors:
             if tensor.name not in self.inputs:
-                raise _invalid(f"unexpected inference input '{tensor.name}' for model '{self.name}'")
+                raise invalid(f"unexpected inference input '{tensor.name}' for model '{self.name}'")
         batch = self._batch_size(tensors, prefix) if self.max_batch_size else 0
         for tensor in tensors:
             self._check_tensor(tensor, prefix)
         if self.max_batch_size and batch == 0:
             size = math.prod(tensors[0].shape[1:]) * NUMPY[tensors[0].datatype].itemsize
-            raise _invalid(f"{prefix}{self._size_mismatch(tensors[0], size, 0)}")
+            raise invalid(f"{prefix}{self._size_mismatch(tensors[0], size, 0)}")
         return batch
 
     def _batch_size(self, tensors: Iterable[Tensor], prefix: str) -> int:
@@ -109,14 +122,14 @@ class Rules:
         for tensor in tensors:
             if not tensor.shape:
                 text = f"input '{tensor.name}' has no shape but model requires batch dimension for '{self.name}'"
-                raise _invalid(f"{prefix}{text}")
+                raise invalid(f"{prefix}{text}")
             if batch and tensor.shape[0] != batch:
                 text = f"input '{tensor.name}' batch size does not match other inputs for '{self.name}'"
-                raise _invalid(f"{prefix}{text}")
+                raise invalid(f"{prefix}{text}")
             batch = tensor.shape[0]
         if batch > self.max_batch_size:
             text = f"inference request batch-size must be <= {self.max_batch_size} for '{self.name}'"
-            raise _invalid(f"{prefix}{text}")
+            raise invalid(f"{prefix}{text}")
         return batch
 
     def _check_tensor(self, tensor: Tensor, prefix: str) -> None:
@@ -124,19 +137,19 @@ class Rules:
         wanted = datatype_name(rule.data_type)
         if tensor.datatype != wanted:
             found = tensor.datatype if tensor.datatype in NUMPY else "<invalid>"
-            raise _invalid(
+            raise invalid(
                 f"{prefix}inference input '{tensor.name}' data-type is '{found}', but model '{self.name}' "
                 f"expects '{wanted}'"
             )
         shape = tensor.shape[1:] if self.max_batch_size else tensor.shape
         if len(shape) == len(rule.dims) and -1 in shape:
             where = f"input '{tensor.name}' for model '{self.name}', got [{_joined(tensor.shape)}]"
-            raise _invalid(f"{prefix}All input dimensions should be specified for {where}")
+            raise invalid(f"{prefix}All input dimensions should be specified for {where}")
         if len(shape) != len(rule.dims) or any(
             dim not in (-1, size) or size < 0 for size, dim in zip(shape, rule.dims, strict=True)
         ):
             full = [-1, *rule.dims] if self.max_batch_size else rule.dims
-            raise _invalid(
+            raise invalid(
                 f"{prefix}unexpected shape for input '{tensor.name}' for model '{self.name}'. Expected "
                 f"[{_joined(full)}], got [{_joined(tensor.shape)}]. {_NOTE if self.max_batch_size else ''}"
             )
@@ -147,13 +160,13 @@ class Rules:
         dtype, data = NUMPY[tensor.datatype], tensor.data
         if data.shape != tensor.shape:
             size = math.prod(tensor.shape) * dtype.itemsize
-            raise _invalid(f"{prefix}{self._size_mismatch(tensor, size, data.nbytes)}")
+            raise invalid(f"{prefix}{self._size_mismatch(tensor, size, data.nbytes)}")
         if data.dtype != dtype:
-            raise _invalid(
+            raise invalid(
                 f"{prefix}input '{tensor.name}' has data of {data.dtype}, but is said to be {tensor.datatype}"
             )
         if dtype.hasobject and not all(isinstance(item, bytes) for item in data.ravel().tolist()):
-            raise _invalid(f"{prefix}input '{tensor.name}' has elements that are not bytes")
+            raise invalid(f"{prefix}input '{tensor.name}' has elements that are not bytes")
 
     def _size_mismatch(self, tensor: Tensor, expected: int, got: int) -> str:
         where = f"input byte size mismatch for input '{tensor.name}' for model '{self.name}'"
@@ -193,5 +206,18 @@ def _joined(numbers: Iterable[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def _invalid(message: str) -> ServiceError:
-    return ServiceError(ErrorKind.INVALID, message)
+def _own_parameters(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The model's own parameters; ServiceError with Triton's text where one of the protocol's is wrong."""
+    for name, value in parameters.items():
+        if name in _RESERVED:
+            types, expected = _RESERVED[name]
+            if type(value) not in types:
+                raise invalid(f"invalid value type for '{name}' parameter, expected {expected}.")
+            if name in _NOT_NEGATIVE and isinstance(value, int) and value < 0:
+                raise invalid(f"invalid value for '{name}', expected value >= 0.")
+        elif name.startswith("triton_"):
+            raise invalid(
+                "parameter keys starting with 'triton_' are reserved for Triton usage. Only the following keys "
+                f"starting with 'triton_' are allowed: {EMPTY_FINAL}"
+            )
+    return {name: value for name, value in parameters.items() if name not in _RESERVED}

@@ -6,8 +6,11 @@ from collections.abc import AsyncIterable, Awaitable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hasten.core.sampling import RULES
-from hasten.server.types import ErrorKind, Parameter, ServiceError, Tensor
+from hasten.server.types import Parameter, Tensor, invalid
 
 Item_co = TypeVar("Item_co", covariant=True)
 
@@ -65,6 +68,14 @@ class Work:
     """What its prompts are kept apart by in the prefix cache; None: by its API key alone."""
     clock: Clock = field(default_factory=Clock)
 
+    def flag(self, name: str, default: bool = False) -> bool:
+        """The value of an input that says yes or no; the default where it is left out."""
+        return bool(self.inputs[name].data.ravel()[0]) if name in self.inputs else default
+
+    def tensor(self, name: str, datatype: str, data: NDArray[np.generic]) -> Tensor:
+        """An output with a batch axis of 1 if the inputs have one."""
+        return Tensor.of(name, datatype, data[np.newaxis] if self.batch_size else data)
+
     def known_parameters(self, known: Collection[str] = ()) -> dict[str, Parameter]:
         """The parameters that the model knows; others are ignored, as Triton's models do with what clients add.
 
@@ -78,7 +89,7 @@ class Work:
             if near:
                 hint = f"; did you mean '{near[0]}'?" if near[0] in known else ""
                 text = f"parameter '{name}' is not known to model '{self.model}'{hint}"
-                raise ServiceError(ErrorKind.INVALID, text)
+                raise invalid(text)
         return {name: value for name, value in self.parameters.items() if name in known}
 
 

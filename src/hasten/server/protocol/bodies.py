@@ -25,10 +25,18 @@ from hasten.server.protocol.tensors import (
     elements_json,
     from_bytes,
     from_list,
-    invalid,
     to_bytes,
 )
-from hasten.server.types import ErrorKind, InferRequest, InferResponse, Parameter, RequestedOutput, ServiceError, Tensor
+from hasten.server.types import (
+    ErrorKind,
+    InferRequest,
+    InferResponse,
+    Parameter,
+    RequestedOutput,
+    ServiceError,
+    Tensor,
+    invalid,
+)
 
 _ONE_SOURCE = (
     "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
@@ -250,7 +258,7 @@ def raw_body(model: str, version: str, body: bytes, metadata: Any, *, batched: b
             raise invalid(f"{about('')}For BYTE datatype raw input '{spec.name}', the model must have input shape [1]")
         text = np.empty([1] * len(shape), dtype=object)
         text.fill(body)
-        tensor = Tensor(spec.name, "BYTES", text.shape, text)
+        tensor = Tensor.of(spec.name, "BYTES", text)
     else:
         open_sizes = [at for at, size in enumerate(shape) if size < 0]
         if len(open_sizes) > 1:

@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.server.protocol.tensors import invalid
-from hasten.server.types import Tensor
+from hasten.server.types import Tensor, invalid
 
 _NUMBERS = ("UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP32", "FP64")
 

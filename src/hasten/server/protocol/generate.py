@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 
 from hasten.server.protocol.bodies import checked_parameters, dump_json
-from hasten.server.protocol.tensors import elements_json, flatten, from_list, invalid, texts_of
-from hasten.server.types import InferRequest, InferResponse, Parameter, Tensor
+from hasten.server.protocol.tensors import elements_json, flatten, from_list, texts_of
+from hasten.server.types import InferRequest, InferResponse, Parameter, Tensor, invalid
 
 ONE_RESPONSE = (
     "generate expects model to produce exactly 1 response, use generate stream for model that generates various "

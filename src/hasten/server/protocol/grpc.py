@@ -21,9 +21,9 @@ from hasten.server.protocol.http import require_known_model
 from hasten.server.protocol.proto import infer_response, parsed, parsed_infer
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import NO_CUDA, SharedMemory
-from hasten.server.protocol.tensors import byte_size, invalid
+from hasten.server.protocol.tensors import byte_size
 from hasten.server.security import NO_KEY, OPEN_CALLS, ApiKeys
-from hasten.server.types import ErrorKind, InferResponse, ServiceError
+from hasten.server.types import ErrorKind, InferResponse, ServiceError, invalid
 
 if TYPE_CHECKING:
     from hasten.server.service import Service

@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2 as pb
 from hasten.server.by_size import by_size
 from hasten.server.errors import client_error
 from hasten.server.inflight import Claim, InflightBytes
-from hasten.server.models.reserved import EMPTY_FINAL
+from hasten.server.models.validation import EMPTY_FINAL
 from hasten.server.protocol.placement import deliver, placements
 from hasten.server.protocol.proto import (
     FINAL,

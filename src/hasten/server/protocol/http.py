@@ -23,9 +23,8 @@ from hasten.server.protocol.http_infer import InferRoutes, named_model
 from hasten.server.protocol.proto_json import to_json
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import NO_CUDA, SharedMemory
-from hasten.server.protocol.tensors import invalid
 from hasten.server.security import Admission, Guard
-from hasten.server.types import ErrorKind, ServiceError
+from hasten.server.types import ErrorKind, ServiceError, invalid
 
 if TYPE_CHECKING:
     from hasten.server.service import Service

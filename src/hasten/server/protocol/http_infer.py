@@ -27,9 +27,9 @@ from hasten.server.protocol.bodies import (
 from hasten.server.protocol.generate import ONE_RESPONSE, generate_json, generate_request
 from hasten.server.protocol.placement import deliver, placements
 from hasten.server.protocol.shared_memory import SharedMemory
-from hasten.server.protocol.tensors import byte_size, invalid
+from hasten.server.protocol.tensors import byte_size
 from hasten.server.sse import EventStream, unless_gone
-from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, invalid
 
 if TYPE_CHECKING:
     from hasten.server.service import Service

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tritonclient.grpc import service_pb2 as pb
 
 from hasten.server.by_size import SMALL
-from hasten.server.protocol.tensors import invalid
+from hasten.server.types import invalid
 
 MAX_FIELDS = 4096
 MAX_BYTES = 2 << 20

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from hasten.server.protocol.classification import classify
 from hasten.server.protocol.shared_memory import REGION, SharedMemory, Slice
-from hasten.server.protocol.tensors import invalid, to_bytes
-from hasten.server.types import InferResponse, RequestedOutput, Tensor
+from hasten.server.protocol.tensors import to_bytes
+from hasten.server.types import InferResponse, RequestedOutput, Tensor, invalid
 
 
 @dataclass(frozen=True)

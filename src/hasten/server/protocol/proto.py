@@ -20,10 +20,9 @@ from hasten.server.protocol.tensors import (
     dtype_of,
     elements,
     from_bytes,
-    invalid,
     to_bytes,
 )
-from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, Tensor
+from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, Tensor, invalid
 
 FINAL = "triton_final_response"
 _CHUNK = 1 << 16

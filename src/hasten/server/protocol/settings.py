@@ -14,8 +14,7 @@ from typing import Any, TextIO
 
 from hasten.core.errors import ConfigError
 from hasten.core.text import shortened
-from hasten.server.protocol.tensors import invalid
-from hasten.server.types import ErrorKind, ServiceError
+from hasten.server.types import ErrorKind, ServiceError, invalid
 
 LOG_FORMATS = ("default", "ISO8601", "text", "json")
 

@@ -15,8 +15,7 @@ from typing import TypeVar
 
 from hasten.server.inflight import Claim
 from hasten.server.options import SecurityOptions
-from hasten.server.protocol.tensors import invalid
-from hasten.server.types import ErrorKind, Parameter, ServiceError
+from hasten.server.types import ErrorKind, Parameter, ServiceError, invalid
 
 FOLDER = Path("/dev/shm")
 REGION, BYTE_SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.server.types import ErrorKind, ServiceError, Tensor, Texts
+from hasten.server.types import Tensor, Texts, invalid
 
 NUMPY: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(bool),
@@ -44,11 +44,6 @@ _JSON_TYPES: dict[str, tuple[frozenset[type], str]] = {
     "f": (frozenset({int, float}), "non-number as double"),
     "O": (frozenset({str}), "non-string as string"),
 }
-
-
-def invalid(message: str) -> ServiceError:
-    """The error of a request that is wrong in itself."""
-    return ServiceError(ErrorKind.INVALID, message)
 
 
 def about(request_id: str) -> str:

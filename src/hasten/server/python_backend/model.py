@@ -149,7 +149,7 @@ def _input(tensor: Any) -> Tensor:
     data = np.array(np.from_dlpack(tensor))
     if data.ndim == 1:
         data = data[:, None]
-    return Tensor(tensor.name(), _DATATYPES[data.dtype], data.shape, data)
+    return Tensor.of(tensor.name(), _DATATYPES[data.dtype], data)
 
 
 async def _load(config: model_config_pb2.ModelConfig) -> Service:

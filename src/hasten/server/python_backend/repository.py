@@ -13,7 +13,8 @@ from tritonclient.grpc import model_config_pb2
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.core.files import removed_on_failure, write_text
-from hasten.server.create import TOKEN_NAME, model_configs
+from hasten.server.create import model_configs
+from hasten.server.models.parameters import DEFAULT_TOKEN_MODEL
 from hasten.server.repository import CONFIG
 
 ENVIRONMENT = "EXECUTION_ENV_PATH"
@@ -31,7 +32,7 @@ def create_triton_repository(
     engine: EngineConfig,
     target: Path,
     *,
-    name: str = TOKEN_NAME,
+    name: str = DEFAULT_TOKEN_MODEL,
     decoupled: bool = False,
     environment: Path | None = None,
 ) -> Path:
