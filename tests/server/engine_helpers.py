@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.waiting import LIMIT_S, attempts
 
 from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
-from hasten.server.engine.client import EngineClient, Progress
+from hasten.server.engine.client import EngineClient, Progress, Queueing
 
 LONG_TOKENS = 1500
 LONG = SamplingParams(max_tokens=LONG_TOKENS, temperature=0, ignore_eos=True)
@@ -21,11 +21,26 @@ LONG = SamplingParams(max_tokens=LONG_TOKENS, temperature=0, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 
 
+async def generate(
+    client: EngineClient, prompt: str | Sequence[int], params: SamplingParams, *, stream: bool = True, **queueing: Any
+) -> AsyncGenerator[Progress, None]:
+    """The progress of a request as it comes; closing the generator withdraws it."""
+    ticket = await client.submit(prompt, params, Queueing(**queueing), stream=stream)
+    try:
+        while True:
+            progress = await ticket.read()
+            yield progress
+            if progress.finished:
+                return
+    finally:
+        client.withdraw(ticket)
+
+
 async def collect(
     client: EngineClient, prompt: str | Sequence[int], params: SamplingParams, **options: Any
 ) -> list[Progress]:
     """All progress of a request."""
-    return [progress async for progress in client.generate(prompt, params, **options)]
+    return [progress async for progress in generate(client, prompt, params, **options)]
 
 
 def joined(progress: list[Progress]) -> Progress:
@@ -45,7 +60,7 @@ def count(progress: list[Progress]) -> int:
 async def begin(client: EngineClient, prompt: Sequence[int], params: SamplingParams, **options: Any) -> Any:
     """A request that has got its first progress, and more to come."""
     for _ in attempts("a request that has begun, and has not ended"):
-        stream = client.generate(prompt, params, **options)
+        stream = generate(client, prompt, params, **options)
         if not (await anext(stream)).finished:
             return stream
         await stream.aclose()

@@ -1,7 +1,7 @@
 """A service over the demo model, shared by the tests of the data plane, and what it takes to ask it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ from tests.server.loop_thread import LoopThread
 from tests.waiting import attempts
 
 from hasten.core.config import EngineConfig
+from hasten.core.errors import HastenError
 from hasten.core.types import SamplingParams
 from hasten.engine.text import Tokenizer
 from hasten.server.create import model_configs
-from hasten.server.engine.client import CompletionDelta, EngineInfo, Progress
+from hasten.server.engine.client import EngineInfo
 from hasten.server.engine.counters import LanguageCounters
+from hasten.server.engine.queue import DEFAULT_QUEUEING, Queueing
+from hasten.server.engine.ticket import Ticket
+from hasten.server.engine.wire import CompletionDelta, Output
 from hasten.server.protocol.tensors import NUMPY
 from hasten.server.repository import MemoryRepository
 from hasten.server.service import Service
@@ -161,13 +165,6 @@ def streaming(request: pytest.FixtureRequest) -> Running:
     return _shared(request, decoupled=True)
 
 
-class CountingTicket:
-    """In place of a Ticket: reads what a CountingEngine gives."""
-
-    def __init__(self, progresses: AsyncGenerator[Progress, None]) -> None:
-        self.read = progresses.__anext__
-
-
 class CountingEngine:
     """In place of an EngineClient where only its coming and going matters: gives prompt + 1, prompt + 2 and so on."""
 
@@ -188,6 +185,7 @@ class CountingEngine:
         self.begun = 0
         """Requests."""
         self.fault: Exception | None = None
+        self._computing: dict[Ticket, asyncio.Task[None]] = {}
         self.tokenizer = Tokenizer.from_folder(DEMO)
         self.info = EngineInfo(
             vocab_size=1024,
@@ -205,32 +203,41 @@ class CountingEngine:
             model_type="counting",
         )
 
-    async def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, stream: bool = True, **options: Any
-    ) -> AsyncGenerator[Progress, None]:
-        ids = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+    async def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        queueing: Queueing = DEFAULT_QUEUEING,
+        *,
+        stream: bool = True,
+        listener: Callable[[], None] | None = None,
+    ) -> Ticket:
         if self.fault is not None:
             raise self.fault
-        assert params.max_tokens is not None
         self.begun += 1
-        message = Progress([CompletionDelta(0, [], "")], False, ids, None, 0.0)
-        for token in range(ids[-1] + 1, ids[-1] + 1 + params.max_tokens):
+        ids = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        ticket = Ticket(self.begun, ids, 1, bytearray(), listener=listener)
+        assert params.max_tokens is not None
+        self._computing[ticket] = asyncio.create_task(self._compute(ticket, params.max_tokens, stream=stream))
+        return ticket
+
+    async def _compute(self, ticket: Ticket, count: int, *, stream: bool) -> None:
+        first, held = ticket.prompt_token_ids[-1] + 1, list[int]()
+        for token in range(first, first + count):
             await asyncio.sleep(self.pause)
             await self.go.wait()
-            assert not self.closed, "a request was lost"
-            message.completions[0].token_ids.append(token)
-            message.completions[0].text += "x"
-            message.tokens += 1
-            message.finished = token == ids[-1] + params.max_tokens
-            if stream or message.finished:
-                yield message
-                message = Progress([CompletionDelta(0, [], "")], False)
+            if self.closed:
+                ticket.fail(HastenError("a request was lost"))
+                return
+            held.append(token)
+            finished = token == first + count - 1
+            if stream or finished:
+                ticket.push(Output(ticket.number, [CompletionDelta(0, held, "x" * len(held))], finished))
+                ticket.wake()
+                held = []
 
-    async def submit(self, prompt: str | Sequence[int], params: SamplingParams, **options: Any) -> CountingTicket:
-        return CountingTicket(self.generate(prompt, params, **options))
-
-    def withdraw(self, ticket: CountingTicket) -> None:
-        pass
+    def withdraw(self, ticket: Ticket) -> None:
+        self._computing[ticket].cancel()
 
     async def drain(self, timeout: float) -> bool:
         return True

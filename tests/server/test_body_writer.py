@@ -10,8 +10,8 @@ from tests.server.test_connection_times import Transport
 from tests.waiting import LIMIT_S
 from uvicorn.server import ServerState
 
-from hasten.server.body_writer import BodyWriter
 from hasten.server.connections import ConnectionLimits, Connections
+from hasten.server.sse import BodyWriter
 
 ASKS = b"GET / HTTP/1.1\r\n\r\n"
 

@@ -12,24 +12,23 @@ from tests.server.turns import Turns
 from hasten.core.config import EngineConfig
 from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.types import FinishReason, SamplingParams
-from hasten.server.body_writer import BodyWriter
 from hasten.server.by_size import SMALL
 from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient, QueueFullError
+from hasten.server.engine.group import REQUESTS_PER_TURN
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wire import CompletionDelta, Logprob, Output
 from hasten.server.openai.answer import CompletionForm
-from hasten.server.openai.call import Call
+from hasten.server.openai.call import Call, CallEvents
 from hasten.server.openai.choices import CompletionChoices
-from hasten.server.openai.events import CallEvents
 from hasten.server.openai.models import Found
 from hasten.server.openai.types import CompletionRequest, StreamOptions
 from hasten.server.repository import MemoryRepository
+from hasten.server.sse import BodyWriter
 from hasten.server.statistics import FailureReason, ModelCounters
-from hasten.server.together import TASKS_PER_TURN
 from hasten.server.version import Version
 
-MANY = 10 * TASKS_PER_TURN
+MANY = 10 * REQUESTS_PER_TURN
 PARAMS = SamplingParams()
 
 
@@ -148,7 +147,7 @@ def test_few_prompts_begin_and_one_is_answered_in_a_turn(monkeypatch: pytest.Mon
         for turns in (started, answered):
             turns.close()
         assert [choice["text"] for choice in choices] == list(map(str, range(MANY)))
-        assert started.most == TASKS_PER_TURN
+        assert started.most == REQUESTS_PER_TURN
         assert answered.most == 1
 
     asyncio.run(check())

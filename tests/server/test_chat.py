@@ -15,7 +15,7 @@ from tests.server.tool_model import TOOL_TEMPLATE, TOOLS
 
 from hasten.core.errors import CheckpointError, InvalidRequestError
 from hasten.engine.chat import ChatTemplate, RenderLimits, chat_prompt
-from hasten.server.openai.chat import chat_text
+from hasten.server.openai.prompts import chat_text
 from hasten.server.openai.types import ChatRequest
 
 MESSAGES = [

@@ -14,6 +14,7 @@ from tests.server.engine_helpers import (
     collect,
     count,
     error_of,
+    generate,
     joined,
     started,
     stopped,
@@ -144,7 +145,7 @@ def test_readers_of_first_tokens_are_woken_before_all_others(run: Any, demo_engi
 
     async def ask() -> None:
         with stopped(demo_engine):
-            readers = [asyncio.create_task(read(at, demo_engine.generate([at + 5], LONG))) for at in range(3)]
+            readers = [asyncio.create_task(read(at, generate(demo_engine, [at + 5], LONG))) for at in range(3)]
             await until(lambda: engine.requests.sequences == 3)
             first, second, third = engine.requests._tickets
             engine.on_steps([step(first)])
@@ -208,7 +209,7 @@ def test_a_slow_reader_holds_up_nobody(run: Any, demo_engine: EngineClient, demo
 
     async def ask() -> list[Any]:
         for _ in attempts("a first progress with more to come"):
-            slow = demo_engine.generate([50, 60], params)
+            slow = generate(demo_engine, [50, 60], params)
             progress = [await anext(slow)]
             if not progress[0].finished:
                 break

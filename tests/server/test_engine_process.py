@@ -75,7 +75,8 @@ def test_a_process_that_was_started_ahead_loads_the_next_model(run: Any, demo_mo
         return from_folder(folder)
 
     async def prepared(client: EngineClient, replica: Any, info: Any) -> None:
-        foreseen.append(client.model.foreseen)
+        assert client._foreseen is not None
+        foreseen.append(client._foreseen[0])
         await prepare(client, replica, info)
 
     monkeypatch.setattr(Tokenizer, "from_folder", noted)
@@ -121,7 +122,7 @@ def test_a_killed_process_comes_back(run: Any, demo_model: Path, tmp_path: Path,
                 assert "engine mortal failed while it had the request: its process died" in str(error)
             assert not client.ready
             # where steps were slow it is told at once that it would wait for longer
-            refused = await error_of(collect(client, [5], SHORT, queue_timeout=0.1))
+            refused = await error_of(collect(client, [5], SHORT, timeout=0.1))
             assert isinstance(refused, QueueTimeoutError | QueueWaitError)
             await until(lambda: "cannot be started" in caplog.text)
             assert not client.ready
@@ -164,7 +165,7 @@ def test_a_grammar_holds_up_nobody_while_it_is_compiled(run: Any, demo_model: Pa
             # more than there are places: who waits for a grammar takes none
             each = (*dear, dear[0])
             waiting = [group.create_task(error_of(collect(client, [5], params))) for params in each]
-            late = group.create_task(error_of(collect(client, [5], dear[2], queue_timeout=0.5)))
+            late = group.create_task(error_of(collect(client, [5], dear[2], timeout=0.5)))
             short = group.create_task(collect(client, [5], SHORT))
             for task in (short, *waiting):
                 task.add_done_callback(order.append)
@@ -224,8 +225,7 @@ def test_the_process_ends_with_the_server(demo_model: Path, busy: bool) -> None:
         async def main():
             client = await EngineClient.start(EngineConfig.create({str(demo_model)!r}))
             print("ready", flush=True)
-            async for _ in client.generate({work}):
-                pass
+            await (await client.submit({work})).read()
             await asyncio.sleep(60)
 
         asyncio.run(main())

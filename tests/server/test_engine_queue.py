@@ -232,7 +232,7 @@ def test_who_waits_too_long_is_told_so(run: Any, narrow: EngineClient) -> None:
             async with aclosing(await begin(narrow, [5], LONG)):  # what waits in the engine's process expires there
                 narrow._queue.engines[0].attach(1, 0, 16)  # nothing is measured, so nobody is refused before
                 began, refused = time.monotonic(), narrow.refused["queue_timeout"]
-                requests = [collect(narrow, [number + 6], SHORT, queue_timeout=0.05) for number in range(3)]
+                requests = [collect(narrow, [number + 6], SHORT, timeout=0.05) for number in range(3)]
                 errors = await asyncio.gather(*map(error_of, requests))
                 assert time.monotonic() - began >= 0.05
                 if (narrow.stats().running, narrow.stats().waiting) == (1, 0) and all(errors):
@@ -251,7 +251,7 @@ def test_who_would_wait_too_long_is_refused_at_once(run: Any, narrow: EngineClie
             running = await begin(narrow, [5], LONG)
             await until(lambda: narrow.estimated_wait() is not None)
             waits = narrow.estimated_wait() or 0.0
-            error = await error_of(collect(narrow, [6], SHORT, queue_timeout=waits / 100)) if waits > 0.01 else None
+            error = await error_of(collect(narrow, [6], SHORT, timeout=waits / 100)) if waits > 0.01 else None
             if error is not None and getattr(error, "retry_after", 0.0) > waits / 2:
                 break
             await running.aclose()
@@ -259,7 +259,7 @@ def test_who_would_wait_too_long_is_refused_at_once(run: Any, narrow: EngineClie
             assert isinstance(error, QueueWaitError)
             assert "the request would wait for about" in str(error)
             assert narrow.refused["queue_wait"] >= 1
-            patient = [group.create_task(collect(narrow, [at], SHORT, queue_timeout=LIMIT_S)) for at in (7, 8)]
+            patient = [group.create_task(collect(narrow, [at], SHORT, timeout=LIMIT_S)) for at in (7, 8)]
             await until(lambda: narrow.stats().waiting == 2 or all(task.done() for task in patient))
             await running.aclose()
             assert [count(await task) for task in patient] == [4, 4]
@@ -277,7 +277,7 @@ def test_who_was_begun_in_time_is_not_timed_out(run: Any, narrow: EngineClient) 
         engine = psutil.Process(narrow.replicas[0].pid)
         for _ in attempts("a request in its first step"):
             before = engine.cpu_times().user
-            request = asyncio.create_task(collect(narrow, prompt, params, queue_timeout=1000))
+            request = asyncio.create_task(collect(narrow, prompt, params, timeout=1000))
             await until(lambda before=before: engine.cpu_times().user > before + 0.2)  # type: ignore[misc]
             sent = list(narrow._queue.engines[0]._tickets.values())
             for each in sent:

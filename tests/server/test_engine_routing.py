@@ -3,8 +3,8 @@
 import pytest
 
 from hasten.engine.stats import EngineStats
+from hasten.server.engine.assigned import PrefixTable, prefixes_of
 from hasten.server.engine.queue import QueueFullError, QueueLimits, RequestQueue
-from hasten.server.engine.routing import PrefixTable, prefixes_of
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wire import Step
 

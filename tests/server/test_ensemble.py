@@ -142,7 +142,7 @@ def test_the_distinct_words_of_a_batch_are_limited(demo: Running, monkeypatch: p
 
 def test_queries_have_the_limits_of_prompts(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = demo.service.engines()["fastertransformer", "1"]
-    monkeypatch.setattr(engine._intake, "_limits", QueueLimits(max_prompt_tokens=3, max_text_bytes=20))
+    monkeypatch.setattr(engine, "_limits", QueueLimits(max_prompt_tokens=3, max_text_bytes=20))
     error = demo.refused(preprocessing("a b c d"))
     assert "input 'QUERY': the prompt has 4 tokens, the limit is 3" in str(error)
     monkeypatch.setattr(engine.tokenizer, "most_bytes_per_token", None)

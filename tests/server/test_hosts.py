@@ -1,6 +1,6 @@
 import pytest
 
-from hasten.server.hosts import Hosts
+from hasten.server.security import Hosts
 
 LOCAL, ANYWHERE = Hosts("127.0.0.1"), Hosts("0.0.0.0")
 

@@ -7,8 +7,7 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 
 from hasten.server.inflight import InflightBytes
-from hasten.server.protocol.message_size import MAX_BYTES, MAX_FIELDS, check_message_size
-from hasten.server.protocol.proto import infer_request, parsed, parsed_infer
+from hasten.server.protocol.proto import MAX_BYTES, MAX_FIELDS, check_message_size, infer_request, parsed, parsed_infer
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.protocol.tensors import MAX_TENSORS, MAX_TEXTS
 from hasten.server.types import LONGEST_MESSAGE, InferRequest, ServiceError

@@ -7,6 +7,7 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
+from hasten.server.engine.queue import Queueing, QueueLimits
 from hasten.server.models.config import completed, kind_of, parse_config, parse_config_json
 from hasten.server.models.interfaces import DATATYPES, INTERFACES, Kind
 from hasten.server.models.parameters import (
@@ -261,9 +262,9 @@ def test_where_the_weights_lie(tmp_path: Path) -> None:
 
 def test_queue_limits() -> None:
     policy = "max_queue_size: 5 default_timeout_microseconds: 1500000"
-    result = queue_limits(config(f"dynamic_batching {{ default_queue_policy {{ {policy} }} }}"))
+    result = queue_limits(config(f"dynamic_batching {{ default_queue_policy {{ {policy} }} }}"), QueueLimits())
     assert (result.max_queue_size, result.default_timeout) == (5, 1.5)
-    nothing = queue_limits(config())
+    nothing = queue_limits(config(), QueueLimits())
     assert (nothing.max_queue_size, nothing.default_timeout) == (0, None)
 
 
@@ -290,7 +291,7 @@ def test_priority_and_timeout_as_triton_has_them(
     batching: str, asked: dict[str, int], priority: int, timeout: float | None
 ) -> None:
     rules = Rules(config(f"dynamic_batching {{ {batching} }}" if batching else ""))
-    assert (rules._priority(asked), rules._timeout(asked)) == (priority, timeout)
+    assert rules._queueing(asked) == Queueing(priority, timeout)
 
 
 def test_a_text_model_is_decoupled_unless_it_says_otherwise() -> None:

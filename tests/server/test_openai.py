@@ -8,7 +8,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -23,7 +23,7 @@ from hasten import LLM, SamplingParams
 from hasten.core.types import Logprob
 from hasten.server import by_size
 from hasten.server.engine.client import QueueLimits
-from hasten.server.openai import answer, call, events
+from hasten.server.openai import answer, call
 from hasten.server.openai.models import models_by_id
 from hasten.server.statistics import Counters
 
@@ -89,7 +89,7 @@ def test_names_stand_for_the_newest_version_and_text_models_for_their_token_mode
         def check_open(self) -> None:
             pass
 
-        def tally(self, model: str, version: str, items: int, begun: int) -> Any:
+        def tally(self, model: str, version: str, items: int, begun: int, *, stream: bool = False) -> Any:
             raise AssertionError("nothing is computed")
 
         def text_models(self) -> dict[str, str]:
@@ -98,7 +98,7 @@ def test_names_stand_for_the_newest_version_and_text_models_for_their_token_mode
         def index(self, *, ready: bool = False) -> list[Any]:
             return []
 
-    assert list(models_by_id(Versions()).items()) == [
+    assert list(models_by_id(cast(Any, Versions())).items()) == [
         ("text", ("b", "10")),
         ("a", ("a", "1")),
         ("b", ("b", "10")),
@@ -644,9 +644,9 @@ def test_a_client_that_does_not_wait_for_its_answer_is_forgotten(site: Site, cli
 def test_large_answers_are_made_beside_the_loop(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: Any = {"model": "story", "prompt": [PROMPT, "Ben"], "max_tokens": 5, "temperature": 0, "logprobs": 2}
     expected = client.completions.create(**asked).choices
-    used = [workers(monkeypatch, call.Call, "_used_up"), workers(monkeypatch, events.CallEvents, "_events")]
+    used = [workers(monkeypatch, call.Call, "_used_up"), workers(monkeypatch, call.CallEvents, "_events")]
     used.append(workers(monkeypatch, answer.CompletionForm, "whole"))
-    for module in (by_size, events):
+    for module in (by_size, call):
         monkeypatch.setattr(module, "SMALL", -1)
     for choice, right in zip(client.completions.create(**asked).choices, expected, strict=True):
         assert choice.logprobs is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import anthropic
@@ -22,9 +23,7 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.engine.grammar_text import Vocabulary
 from hasten.engine.text import Tokenizer
-from hasten.server.engine.client import EngineClient
-from hasten.server.openai.reading import TokenSpans
-from hasten.server.tools.constraint import after_reasoning
+from hasten.server.openai.reading import TokenSpans, after_reasoning
 from hasten.server.tools.harmony import HarmonyReader
 from hasten.server.tools.reader import ReasoningPiece, TextPiece, TextReader
 from hasten.server.tools.reasoning import HARMONY, ReasoningReader, Stage, joined_text, reasoning_form
@@ -293,8 +292,11 @@ def test_reasoning_is_history(client: openai.OpenAI, thinker: Site) -> None:
     assert "assistant: (Hm.) Yes." in tokenizer.decode(answer["tokens"])
 
 
-def test_a_form_can_be_named_or_switched_off(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EngineClient, "reasoning_parser", "none")
+def test_a_form_can_be_named_or_switched_off(
+    client: openai.OpenAI, thinker: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = thinker.engine("tokens")
+    monkeypatch.setattr(engine, "config", replace(engine.config, reasoning_parser="none"))
     result = chat(client, max_tokens=8).choices[0].message
     assert result.content
     assert not hasattr(result, "reasoning")

@@ -21,7 +21,7 @@ from hasten.core.values import Kind
 from hasten.server.engine.client import EngineInfo
 from hasten.server.models.interfaces import INTERFACES
 from hasten.server.models.interfaces import Kind as ModelKind
-from hasten.server.models.text_inputs import read_text
+from hasten.server.models.text_model import read_text
 from hasten.server.models.token_inputs import read_items
 from hasten.server.models.work import Work
 from hasten.server.openai.params import OpenAIError, completion_params, decode

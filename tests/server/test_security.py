@@ -46,7 +46,7 @@ def key_file(tmp_path: Path) -> Path:
     ],
 )
 def test_a_key_of_the_file_is_admitted(key_file: Path, authorization: str, key: str, admitted: bool) -> None:
-    assert ApiKeys.from_file(str(key_file)).admit(authorization, key) is admitted
+    assert (ApiKeys.from_file(str(key_file)).tenant(authorization, key) is not None) is admitted
 
 
 @pytest.mark.parametrize("content", ["", "\n# only words\n"])

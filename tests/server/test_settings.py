@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hasten.core.errors import ConfigError
+from hasten.server.options import LogOptions
 from hasten.server.protocol.settings import LogHandler, LogSettings, TraceSettings, start_log, stop_log
 from hasten.server.types import ServiceError
 
@@ -38,13 +39,13 @@ def test_a_line_looks_like_tritons(logger: logging.Logger) -> None:
 
 
 def test_a_line_in_iso_format(logger: logging.Logger) -> None:
-    stream = written(logger, LogSettings(log_format="ISO8601"))
+    stream = written(logger, LogSettings(LogOptions(log_format="ISO8601")))
     logger.warning("careful")
     assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ W \d+ test_settings\.py:\d+\] "careful"\n', stream.getvalue())
 
 
 def test_a_record_is_an_object_of_json(logger: logging.Logger) -> None:
-    stream = written(logger, LogSettings(log_format="json"))
+    stream = written(logger, LogSettings(LogOptions(log_format="json")))
     logger.info("\n%s", "+--+\n|é|")
     logger.warning("call %s", 'x"\ny', extra={"fields": {"status": "200", "duration_ms": 1.5}})
     try:
@@ -107,7 +108,7 @@ def test_a_traceback_is_shown(logger: logging.Logger) -> None:
 def test_hastens_log_goes_to_the_file_and_is_given_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "log"
     file.write_text("before\n")
-    handler = start_log(LogSettings(file=str(file)))
+    handler = start_log(LogSettings(LogOptions(log_file=str(file))))
     try:
         logging.getLogger("hasten.server.x").info("here")
         logging.getLogger("uvicorn.error").info("not here")
@@ -124,7 +125,7 @@ def test_hastens_log_goes_to_the_file_and_is_given_back(tmp_path: Path, capsys: 
 
 def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot write the log to"):
-        start_log(LogSettings(file=str(tmp_path / "no" / "log")))
+        start_log(LogSettings(LogOptions(log_file=str(tmp_path / "no" / "log"))))
 
 
 def test_all_settings_are_changed_or_none() -> None:

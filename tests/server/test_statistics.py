@@ -6,7 +6,7 @@ from tests.waiting import attempts
 
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.server.engine.client import QueueFullError, QueueTimeoutError
-from hasten.server.histogram import Histogram
+from hasten.server.exposition import Histogram
 from hasten.server.models.work import Work
 from hasten.server.statistics import (
     Counters,

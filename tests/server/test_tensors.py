@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
 
-from hasten.server.protocol.classification import classify
+from hasten.server.protocol.shared_memory import classify
 from hasten.server.protocol.tensors import NUMPY, elements_json, flatten, from_bytes, from_list, to_bytes
 from hasten.server.types import ErrorKind, ServiceError, Tensor
 

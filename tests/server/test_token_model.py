@@ -17,7 +17,7 @@ from hasten.engine.text import Tokenizer
 from hasten.server import by_size
 from hasten.server.engine.client import EngineClient
 from hasten.server.models.interfaces import INTERFACES, Kind
-from hasten.server.models.token_outputs import Snapshot
+from hasten.server.models.token_model import Snapshot
 from hasten.server.protocol.tensors import NUMPY
 from hasten.server.service import Service
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, Tensor

@@ -27,10 +27,10 @@ RENDERED = "<s>user: Anna opened the door.\nassistant:"
 def engine(folder: Path) -> EngineClient:
     """One whose process is not started: its tokenizer is all that is asked."""
     result = EngineClient(EngineConfig.create(str(folder)), QueueLimits(), "x", 60.0)
-    result.model.tokenizer = Tokenizer.from_folder(folder)
+    result.tokenizer = Tokenizer.from_folder(folder)
     sizes: Any = {"vocab_size": 1024, "max_model_len": 64, "num_blocks": 1, "block_size": 16, "max_num_seqs": 8}
     tokens: Any = {"eos_token_ids": (2,), "bos_token_id": 1, "pad_token_id": 3, "tokenizer_folder": str(folder)}
-    result.model.info = EngineInfo(**sizes, **tokens, ranks=1, dtype="fp32", device="cpu", model_type="bloom")
+    result.info = EngineInfo(**sizes, **tokens, ranks=1, dtype="fp32", device="cpu", model_type="bloom")
     return result
 
 
@@ -171,7 +171,7 @@ def test_a_model_is_named_where_there_are_several(story: EngineClient) -> None:
 
 def test_a_model_without_a_tokenizer_says_so() -> None:
     bare = engine(DEMO)
-    bare.model.tokenizer = None
+    bare.tokenizer = None
     for path, body in (("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [5]})):
         answer = Site({"bare": bare}).post(f"/{path}", **body)
         assert answer.status_code == 400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,7 +16,6 @@ from tests.waiting import LIMIT_S
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.engine.chat import ChatTemplate
-from hasten.server.engine.client import EngineClient
 
 pytestmark = [pytest.mark.any_python, pytest.mark.usefixtures("tool_engine_left_idle")]
 
@@ -230,8 +230,9 @@ def test_what_is_wrong_with_tools_is_named(tool_client: openai.OpenAI, name: str
 def test_the_form_of_calls_can_be_named(
     tool_client: openai.OpenAI, tool_site: Site, monkeypatch: pytest.MonkeyPatch, parser: str, key: str
 ) -> None:
-    assert tool_site.engine("tokens").tool_call_parser == "auto"
-    monkeypatch.setattr(EngineClient, "tool_call_parser", parser)
+    engine = tool_site.engine("tokens")
+    assert engine.config.tool_call_parser == "auto"
+    monkeypatch.setattr(engine, "config", replace(engine.config, tool_call_parser=parser))
     common = COMMON | {"tool_choice": "required", "seed": 1, "parallel_tool_calls": False}
     answer = tool_client.chat.completions.create(**common).choices[0]
     assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)

@@ -34,8 +34,7 @@ from hasten.core.types import FinishReason, PoolingParams, SamplingParams
 from hasten.server.app import Server
 from hasten.server.call import EndedRequest
 from hasten.server.options import LogOptions, ModelOptions, ServeOptions
-from hasten.server.otel_metrics import OtelMetrics
-from hasten.server.tracing import Tracing
+from hasten.server.tracing import OtelMetrics, Tracing
 
 pytestmark = pytest.mark.any_python
 

@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
-from hasten.server.python_backend.repository import create_triton_repository
+from hasten.server.create import create_triton_repository
 from hasten.server.types import InferRequest
 
 pytestmark = pytest.mark.any_python

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tests.server.service_fixtures import tensor
 
+from hasten.server.engine.queue import Queueing
 from hasten.server.models.config import completed, parse_config
 from hasten.server.models.validation import Rules
 from hasten.server.protocol.tensors import NUMPY
@@ -226,4 +227,4 @@ def test_parameters_of_the_model_are_passed_on() -> None:
         "m", [tensor("text_input", "BYTES", ["x"])], parameters={**given, "binary_data_output": True}
     )
     work = rules(TEXT).work(request)
-    assert (work.parameters, work.priority, work.queue_timeout) == ({"a": 1}, 2, None)
+    assert (work.parameters, work.queueing) == ({"a": 1}, Queueing(2))

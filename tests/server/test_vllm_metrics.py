@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.server.engine_helpers import generate
 from tests.waiting import LIMIT_S, attempts
 
 from hasten.core.config import EngineConfig
@@ -141,7 +142,7 @@ def test_names_types_and_buckets_are_vllms(demo_engine: EngineClient) -> None:
 
 async def computed(engine: EngineClient, prompt: str | list[int], *, stream: bool, n: int = 1, tokens: int = 5) -> None:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, n=n)
-    async with aclosing(engine.generate(prompt, params, stream=stream)) as progresses:
+    async with aclosing(generate(engine, prompt, params, stream=stream)) as progresses:
         async for _ in progresses:
             pass
 
@@ -213,7 +214,7 @@ def test_a_client_that_leaves_counts_as_an_abort(demo_engine: EngineClient, run:
 
     async def leave() -> bool:
         """Whether there was more to come of a stream that is left."""
-        stream = demo_engine.generate(STORY, SamplingParams(max_tokens=1500, ignore_eos=True))
+        stream = generate(demo_engine, STORY, SamplingParams(max_tokens=1500, ignore_eos=True))
         more = not (await anext(stream)).finished
         await stream.aclose()
         async with asyncio.timeout(LIMIT_S):

@@ -18,7 +18,8 @@ from hasten.server.connections import ConnectionLimits
 from hasten.server.inflight import InflightBytes
 from hasten.server.listeners import GrpcListener, HttpListener
 from hasten.server.protocol.grpc import GrpcCalls
-from hasten.server.protocol.http import HttpRoutes, http_app
+from hasten.server.protocol.http import http_app, http_routes
+from hasten.server.protocol.operations import Operations
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.security import Admission, ApiKeys, TlsFiles
@@ -63,9 +64,10 @@ class Transports:
     async def start(self) -> None:
         service = cast(Any, self.service)
         self.http_listener = HttpListener("127.0.0.1", 0, "--http-port", self.tls, self.limits)
-        routes = HttpRoutes(service, self.memory, self.traces, self.logs, LIMIT).routes()
+        operations = Operations(service, self.memory, self.traces, self.logs)
+        routes = http_routes(operations, LIMIT)
         await self.http_listener.start(http_app(routes, Admission(keys=self.keys), LIMIT, self.inflight))
-        calls = GrpcCalls(service, self.memory, self.traces, self.logs, self.inflight)
+        calls = GrpcCalls(operations, self.inflight)
         limits = [("grpc.max_receive_message_length", LIMIT)]
         self.grpc_listener = GrpcListener(
             "127.0.0.1", 0, "--grpc-port", calls, keys=self.keys, tls=self.tls, options=limits

@@ -12,9 +12,9 @@ from hasten.batch.engine import BatchEngine
 from hasten.batch.source import Row
 from hasten.core.structured_outputs import STRUCTURED
 from hasten.core.types import SamplingParams
-from hasten.server.openai.chat import chat_reasoning, chat_text
 from hasten.server.openai.choices import ChatChoices, Choices, completion_choices
 from hasten.server.openai.params import CONSTRAINING, OpenAIError, chat_params, check_chat, completion_params, decode
+from hasten.server.openai.prompts import chat_reasoning, chat_text
 from hasten.server.openai.reading import reading_of
 from hasten.server.openai.tools import ToolUse
 from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest

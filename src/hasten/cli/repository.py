@@ -69,7 +69,7 @@ def _for_hasten(args: argparse.Namespace, engine: EngineConfig) -> list[Path]:
 
 
 def _for_triton(args: argparse.Namespace, engine: EngineConfig) -> list[Path]:
-    from hasten.server.python_backend.repository import create_triton_repository
+    from hasten.server.create import create_triton_repository
 
     if args.text_name is not None:
         raise ConfigError("--text-name has no meaning with --for triton: there is the token model alone")

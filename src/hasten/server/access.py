@@ -17,12 +17,11 @@ import grpc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hasten.server.call import Call, current_call
-from hasten.server.http_errors import CLIENT_GONE, OPENAI_PATHS
+from hasten.server.errors import CLIENT_GONE, OPENAI_PATHS
 from hasten.server.security import OPEN_CALLS, OPEN_PATHS
 
 if TYPE_CHECKING:
-    from hasten.server.otel_metrics import OtelMetrics
-    from hasten.server.tracing import Tracing
+    from hasten.server.tracing import OtelMetrics, Tracing
 
 REQUEST_ID = "x-request-id"
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")

@@ -7,36 +7,34 @@ import logging
 import signal
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import ConfigError, EngineError, HastenError
 from hasten.server.access import AccessLog
 from hasten.server.connections import ConnectionLimits
 from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient, QueueLimits
-from hasten.server.hosts import Hosts
 from hasten.server.inflight import InflightBytes
-from hasten.server.lifecycle import StartEngine
 from hasten.server.listeners import GrpcListener, HttpListener, joined
 from hasten.server.machine import raise_descriptor_limit, watch_descriptors
 from hasten.server.metrics import Machine, Metrics
 from hasten.server.openai.prompts import ChatPrompts
 from hasten.server.openai.routes import openai_routes
-from hasten.server.openapi.routes import docs_routes
-from hasten.server.options import EndpointOptions, ModelOptions, SecurityOptions, ServeOptions
-from hasten.server.otel_metrics import OtelMetrics
+from hasten.server.openapi.description import docs_routes
+from hasten.server.options import EndpointOptions, SecurityOptions, ServeOptions
 from hasten.server.page.routes import page_routes
 from hasten.server.protocol.grpc import GrpcCalls
-from hasten.server.protocol.http import HttpRoutes, http_app
+from hasten.server.protocol.http import http_app, http_routes
+from hasten.server.protocol.operations import Operations
 from hasten.server.protocol.settings import LogSettings, TraceSettings, start_log, stop_log
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.repository import FolderRepository, MemoryRepository, Repository
-from hasten.server.security import OPEN_PATHS, Admission, ApiKeys, TlsFiles
+from hasten.server.security import OPEN_PATHS, Admission, ApiKeys, Hosts, TlsFiles
 from hasten.server.service import ControlMode, Service
 from hasten.server.tables import backend_table, engine_table, model_table, option_table
-from hasten.server.tracing import Tracing
+from hasten.server.tracing import OtelMetrics, Tracing
 
 SUCCESS, FAILED = 0, 1
 _LAST_WORDS_S = 2.0
@@ -57,7 +55,12 @@ class Server:
             mode=ControlMode(options.repository.model_control_mode),
             server_id=options.server.server_id,
             strict_readiness=options.server.strict_readiness,
-            start_engine=_engine_starter(security, options.server.stall_timeout_secs),
+            start_engine=partial(EngineClient.start, stall_timeout=options.server.stall_timeout_secs),
+            limits=QueueLimits(
+                max_prompt_tokens=security.max_prompt_tokens,
+                max_text_bytes=security.max_text_bytes,
+                max_queue_bytes=security.max_queue_bytes,
+            ),
         )
         self._machine = _machine(options.endpoints)
         self._descriptors = raise_descriptor_limit()
@@ -68,7 +71,7 @@ class Server:
         self._access = AccessLog(self._tracing, self._otel_metrics, log_requests=options.log.log_requests)
         self._inflight = InflightBytes(security.inflight_bytes)
         self._metrics = Metrics(self.service, self._machine, self._access, self._inflight)
-        limit, traces = security.max_request_bytes, TraceSettings()
+        limit = security.max_request_bytes
         memory = SharedMemory(allowed=security.allow_client_shm, max_request_bytes=limit)
         salts = security.cache_salt_per_key
         self._keys = ApiKeys.from_file(security.api_key_file, salts=salts) if security.api_key_file else None
@@ -76,12 +79,13 @@ class Server:
             ApiKeys.from_file(security.metrics_key_file) | self._keys if security.metrics_key_file else None
         )
         self._tls = TlsFiles.create(security.tls_certificate, security.tls_key, security.tls_client_ca)
-        self._routes = HttpRoutes(self.service, memory, traces, logs, limit)
+        operations = Operations(self.service, memory, TraceSettings(), logs)
+        self._routes = http_routes(operations, limit)
         self.http: HttpListener | None = None
         self.metrics: HttpListener | None = None
         self.grpc: GrpcListener | None = None
         with contextlib.ExitStack() as opened:
-            self._open(GrpcCalls(self.service, memory, traces, logs, self._inflight, max_stream_bytes=limit), opened)
+            self._open(GrpcCalls(operations, self._inflight, max_stream_bytes=limit), opened)
             opened.pop_all()
 
     def _open(self, calls: GrpcCalls, opened: contextlib.ExitStack) -> None:
@@ -119,7 +123,7 @@ class Server:
             prompts = ChatPrompts()
             routes = [
                 *openai_routes(self.service, prompts, with_metrics=self.options.server.enable_per_request_metrics),
-                *self._routes.routes(),
+                *self._routes,
                 *page_routes(self.service, prompts),
             ]
             if self.metrics is not None:
@@ -225,14 +229,7 @@ async def serve(options: ServeOptions) -> int:
 
     A second signal ends at once what is still under way.
     """
-    logs = LogSettings(
-        file=options.log.log_file,
-        info=options.log.log_info,
-        warning=options.log.log_warning,
-        error=options.log.log_error,
-        verbose=options.log.log_verbose,
-        log_format=options.log.log_format,
-    )
+    logs = LogSettings(options.log)
     handler = start_log(logs)
     try:
         server = Server(options, logs)
@@ -313,36 +310,14 @@ def _repository(options: ServeOptions) -> Repository:
     if options.engine is None:
         complete = not options.repository.disable_auto_complete_config
         return FolderRepository(options.model_repository, auto_complete=complete)
-    model = options.model
-    configs = model_configs(options.engine, token_name=model.name, text_name=model.text_name, decoupled=model.decoupled)
+    model, limits = options.model, None
+    if model.max_queue_size or model.queue_timeout_secs:
+        limits = QueueLimits(max_queue_size=model.max_queue_size, default_timeout=model.queue_timeout_secs)
+    configs = model_configs(
+        options.engine, token_name=model.name, text_name=model.text_name, decoupled=model.decoupled, limits=limits
+    )
+    configs[0].instance_group[0].count = model.data_parallel_size
     for config in configs:
-        _limit(config, model)
+        if config.max_batch_size and model.max_batch is not None:
+            config.max_batch_size = model.max_batch
     return MemoryRepository(configs)
-
-
-def _limit(config: Any, model: ModelOptions) -> None:
-    """Put the limits of one model, and the number of its engines, into its configuration."""
-    if config.max_batch_size and model.max_batch is not None:
-        config.max_batch_size = model.max_batch
-    if config.name == model.name:
-        config.instance_group[0].count = model.data_parallel_size
-    if config.name == model.name and (model.max_queue_size or model.queue_timeout_secs):
-        policy = config.dynamic_batching.default_queue_policy
-        policy.max_queue_size = model.max_queue_size
-        policy.default_timeout_microseconds = round(model.queue_timeout_secs * 1e6)
-        policy.allow_timeout_override = True
-
-
-def _engine_starter(security: SecurityOptions, stall_timeout: float) -> StartEngine:
-    """Starts engines that refuse what is too long, and are not ready once they stand still."""
-
-    async def start(config: EngineConfig, limits: QueueLimits, *, name: str, engines: int) -> EngineClient:
-        limits = replace(
-            limits,
-            max_prompt_tokens=security.max_prompt_tokens,
-            max_text_bytes=security.max_text_bytes,
-            max_queue_bytes=security.max_queue_bytes,
-        )
-        return await EngineClient.start(config, limits, name=name, engines=engines, stall_timeout=stall_timeout)
-
-    return start

@@ -1,15 +1,40 @@
-"""A client's call on its way, and what its requests of engines took: what its log line and its trace say."""
+"""A client's call on its way: whose it is, and what its requests of engines took, for its log line and its trace.
+
+How soon a first token comes shows whether a prompt's beginning is in the prefix cache, where prompts share blocks with
+prompts of the same salt alone. A request may bring a salt of its own, and has that of the API key that it came with, so
+that this tells nothing of the prompts of others.
+"""
 
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from hasten.core.errors import InvalidRequestError
 from hasten.core.types import FinishReason, PoolingParams, SamplingParams
 
 if TYPE_CHECKING:
     from hasten.server.engine.ticket import Ticket
+    from hasten.server.tracing import TracedCall
+
+_MAX_CHARACTERS = 256
+_tenant: ContextVar[str] = ContextVar("tenant", default="")
+"""Of the request that the current task works for."""
+
+
+def set_tenant(tenant: str) -> None:
+    """Let the requests to engines that this task makes, and those that it starts, belong to a tenant; "": to none."""
+    _tenant.set(tenant)
+
+
+def cache_salt(given: str | None) -> str:
+    """The salt of a request with this one of its own; "" where its blocks are for all. InvalidRequestError."""
+    if given is not None and not 0 < len(given) <= _MAX_CHARACTERS:
+        raise InvalidRequestError(f"cache_salt must have from 1 to {_MAX_CHARACTERS} characters, got {len(given)}")
+    tenant = _tenant.get()
+    return f"{tenant}/{given or ''}" if tenant or given else ""
+
 
 current_call: ContextVar["Call | None"] = ContextVar("current_call", default=None)
 """The call that the running task works for; None outside of calls."""
@@ -35,26 +60,12 @@ class EndedRequest:
     """Class of the error that ended it."""
 
 
-class CallTrace(Protocol):
-    """The spans of one call."""
-
-    @property
-    def trace_id(self) -> str:
-        """In 32 hexadecimal digits."""
-
-    def add(self, request: EndedRequest) -> None:
-        """Export what became of a request."""
-
-    def end(self, name: str, status: str, *, failed: bool) -> None:
-        """The call has ended: with which status, and whether that is the server's fault."""
-
-
 @dataclass(slots=True)
 class Call:
     """One call."""
 
     request_id: str
-    trace: CallTrace | None = None
+    trace: "TracedCall | None" = None
     """Where calls are traced."""
     record: Callable[[EndedRequest], None] | None = None
     """Counts a request of it, where OpenTelemetry's metrics are exported."""

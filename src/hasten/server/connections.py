@@ -14,9 +14,9 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from hasten.server.body_writer import BODY, BodyWriter, Flow
-from hasten.server.http_errors import error_response
+from hasten.server.errors import error_response
 from hasten.server.options import EndpointOptions, SecurityOptions
+from hasten.server.sse import BODY, BodyWriter, Flow
 
 _LINGER_S, _LINGER_BYTES = 2.0, 1 << 20
 """For how long a connection is read on whose request was refused: closed at once, the client would lose the answer."""

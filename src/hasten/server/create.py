@@ -1,9 +1,12 @@
 """Repositories made for one checkpoint: the article's token model, FasterTransformer's ensemble around it, and text.
 
-A model that generates no text has a token model and a text model alone.
+A model that generates no text has a token model and a text model alone. For Triton's own Python backend there is the
+token model, with hasten's engine inside a real Triton: that passes requests on at once, one engine computes them all,
+and each response goes back when it is there. So there is one instance: a second one would load the model again.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +76,7 @@ def model_configs(
     if limits is not None:
         policy = configs[0].dynamic_batching.default_queue_policy
         policy.max_queue_size, policy.allow_timeout_override = limits.max_queue_size, True
-        policy.default_timeout_microseconds = int((limits.default_timeout or 0) * 1e6)
+        policy.default_timeout_microseconds = round((limits.default_timeout or 0) * 1e6)
     if has_tokenizer(engine) and kind is not None:
         configs.append(_with_token_model(kind, text_name, token_name))
     elif has_tokenizer(engine) and model_type == ENCODER_DECODER_TYPE:
@@ -232,3 +235,58 @@ def _add_step(
     step = config.ensemble_scheduling.step.add(model_name=name, model_version=-1)
     step.input_map.update(inputs)
     step.output_map.update(outputs)
+
+
+ENVIRONMENT = "EXECUTION_ENV_PATH"
+"""The backend's parameter for the Python environment that a model runs in."""
+_MODEL_FILE = '''\
+"""Triton's Python backend looks for its model here."""
+
+from hasten.server.python_backend.model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+def create_triton_repository(
+    engine: EngineConfig,
+    target: Path,
+    *,
+    name: str = DEFAULT_TOKEN_MODEL,
+    decoupled: bool = False,
+    environment: Path | None = None,
+) -> Path:
+    """Write the model `name` into the repository `target` and return its folder; ConfigError if it exists.
+
+    A `decoupled` model streams; Triton then refuses it to callers that expect one response. `environment` is the folder
+    of the virtual environment that has hasten, by default the one that this runs in; without any, Triton takes the
+    Python that is first on its PATH.
+    """
+    folder = target / name
+    if folder.exists():
+        raise ConfigError(f"{folder} exists; give another folder, or move it elsewhere first")
+    version = folder / "1"
+    config = _triton_config(engine, name, decoupled, environment or _own_environment())
+    with removed_on_failure([folder]):
+        version.mkdir(parents=True)
+        write_text(folder / CONFIG, text_format.MessageToString(config))
+        write_text(version / "model.py", _MODEL_FILE)
+    return folder
+
+
+def _triton_config(
+    engine: EngineConfig, name: str, decoupled: bool, environment: Path | None
+) -> model_config_pb2.ModelConfig:
+    config = model_configs(engine, token_name=name, decoupled=decoupled)[0]
+    config.backend = "python"
+    config.ClearField("optimization")
+    config.dynamic_batching.SetInParent()  # requests that are there together reach the model in one call
+    if environment is not None:
+        config.parameters[ENVIRONMENT].string_value = str(environment.resolve())
+    return config
+
+
+def _own_environment() -> Path | None:
+    """The virtual environment that this program runs in, if it is one."""
+    folder = Path(sys.prefix)
+    return folder if (folder / "bin" / "activate").is_file() else None

@@ -1,13 +1,83 @@
-"""Prometheus's text format."""
+"""Metrics in Prometheus's text format, and counts of values by how large they are."""
 
-from collections.abc import Mapping
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
-from hasten.server.histogram import Histogram
+
+@dataclass
+class Histogram:
+    """How many values were at most so large."""
+
+    bounds: tuple[float, ...]
+    """Upper ends of the buckets; one more is without end."""
+    counts: list[int] = field(default_factory=list)
+    """Of each bucket alone."""
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    @property
+    def count(self) -> int:
+        """Values so far."""
+        return sum(self.counts)
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count a value, or `count` equal ones."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
+
+    def merge(self, other: "Histogram") -> None:
+        """Count the values of another histogram with the same bounds."""
+        self.counts = [mine + others for mine, others in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
+    def within(self, bounds: Sequence[float]) -> "Histogram":
+        """The same values in fewer buckets: `bounds` are some of this one's."""
+        merged = Histogram(tuple(bounds), total=self.total)
+        for upper, count in zip((*self.bounds, math.inf), self.counts, strict=True):
+            merged.counts[bisect_left(merged.bounds, upper)] += count
+        return merged
+
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
 
 Labels = Mapping[str, str]
+
+
+Value = float | Histogram | None
+Source = TypeVar("Source")
+Subjects = Sequence[tuple[Labels, Source]]
+"""What is exposed: each thing with the labels of its samples."""
+
+
+@dataclass(frozen=True)
+class Metric(Generic[Source]):
+    """A metric, and where its samples come from."""
+
+    name: str
+    kind: str
+    help: str
+    value: Callable[[Source], Value | Mapping[Any, Value]]
+    """Of a thing that is exposed; None: it has none. Several are by the values of `label`."""
+    label: str = ""
+
+
+def families(prefix: str, metrics: Iterable[Metric[Source]], subjects: Subjects[Source]) -> "Iterator[Family]":
+    """All samples of metrics, whose names begin with `prefix`."""
+    for metric in metrics:
+        family = Family(prefix + metric.name, metric.kind, metric.help)
+        for labels, source in subjects:
+            value = metric.value(source)
+            if isinstance(value, Mapping):
+                for name, each in value.items():
+                    family.add({**labels, metric.label: name}, each)
+            else:
+                family.add(labels, value)
+        yield family
 
 
 @dataclass
@@ -20,18 +90,20 @@ class Family:
     help: str
     samples: list[str] = field(default_factory=list)
 
-    def add(self, labels: Labels, value: float, suffix: str = "") -> None:
-        """Add a sample."""
-        self.samples.append(f"{self.name}{suffix}{_labels(labels)} {_number(value)}\n")
+    def add(self, labels: Labels, value: Value) -> None:
+        """Add a sample, all those of a histogram, or none where there is no value."""
+        if isinstance(value, Histogram):
+            below = 0
+            for bound, count in zip((*value.bounds, float("inf")), value.counts, strict=True):
+                below += count
+                self._add({**labels, "le": _number(bound)}, below, "_bucket")
+            self._add(labels, value.total, "_sum")
+            self._add(labels, below, "_count")
+        elif value is not None:
+            self._add(labels, value)
 
-    def add_histogram(self, labels: Labels, histogram: Histogram) -> None:
-        """Add all samples of a histogram."""
-        below = 0
-        for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
-            below += count
-            self.add({**labels, "le": _number(bound)}, below, "_bucket")
-        self.add(labels, histogram.total, "_sum")
-        self.add(labels, below, "_count")
+    def _add(self, labels: Labels, value: float, suffix: str = "") -> None:
+        self.samples.append(f"{self.name}{suffix}{_labels(labels)} {_number(value)}\n")
 
     def text(self) -> str:
         """As it is exposed; nothing for a metric without samples."""

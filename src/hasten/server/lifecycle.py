@@ -8,17 +8,16 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any
 
 from hasten.core.errors import CapacityError, HastenError
-from hasten.server.engine.client import EngineClient
-from hasten.server.models.encoder_model import EncoderModel, check_model_type
+from hasten.server.engine.client import EngineClient, QueueLimits
+from hasten.server.models.encoder_model import EncoderModel, PooledTextModel, check_model_type
 from hasten.server.models.ensemble import Ensemble
 from hasten.server.models.interfaces import POOLING_KINDS, Kind
 from hasten.server.models.model import Model, Served
 from hasten.server.models.parameters import queue_limits
-from hasten.server.models.pooled_text_model import PooledTextModel
 from hasten.server.models.text_model import TextModel
 from hasten.server.models.text_processing import Postprocessing, Preprocessing
 from hasten.server.models.token_model import TokenModel
@@ -40,13 +39,14 @@ class Registry:
     """The models of one repository, by name and version."""
 
     def __init__(
-        self, repository: Repository, counters: Counters, *, start_engine: StartEngine = EngineClient.start
+        self, repository: Repository, counters: Counters, start_engine: StartEngine, limits: QueueLimits
     ) -> None:
         self.repository = repository
         self.failures: dict[str, LoadFailure] = {}
         """Models that could not be loaded when that was last tried, and why."""
         self._counters = counters
         self._start_engine = start_engine
+        self._limits = limits
         self._models: dict[str, dict[int, Version]] = {}
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._requested: set[str] = set()
@@ -59,6 +59,10 @@ class Registry:
     def versions(self) -> Iterable[Version]:
         """All that were ever loaded, in the order of their names and numbers."""
         return [version for _, numbers in sorted(self._models.items()) for _, version in sorted(numbers.items())]
+
+    def serving(self) -> Iterator[Version]:
+        """Those that take requests."""
+        return filter(self.serves, self.versions())
 
     def find(self, name: str, version: int = -1) -> Version:
         """The version that serves, -1 for the newest; ServiceError with Triton's text where there is none."""
@@ -282,8 +286,8 @@ class Registry:
         if description.kind is Kind.TOKEN:
             name = f"{version.name} version {version.number}"
             engine_config = description.engine_config(version.number)
-            engines = config.instance_group[0].count
-            engine = await self._start_engine(engine_config, queue_limits(config), name=name, engines=engines)
+            engines, limits = config.instance_group[0].count, queue_limits(config, self._limits)
+            engine = await self._start_engine(engine_config, limits, name=name, engines=engines)
             try:
                 check_model_type(config, engine.info)
             except HastenError:

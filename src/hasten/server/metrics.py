@@ -5,7 +5,8 @@ Counters are there, at 0, from the moment a model is loaded.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -14,31 +15,145 @@ from starlette.routing import Route
 
 from hasten import __version__
 from hasten.server.access import AccessLog
+from hasten.server.engine.counters import EngineCounters
 from hasten.server.engine.queue import QUEUE_REASONS
-from hasten.server.exposition import CONTENT_TYPE, Family, Labels
+from hasten.server.exposition import CONTENT_TYPE, Family, Labels, Metric, families
 from hasten.server.inflight import InflightBytes
-from hasten.server.machine import CpuMeter, GpuMeter
+from hasten.server.machine import CpuMeter, CpuReading, GpuMeter
 from hasten.server.openai.models import models_by_id
 from hasten.server.statistics import ModelCounters
 from hasten.server.types import ServiceError
-from hasten.server.vllm_metrics import vllm_families
+from hasten.server.vllm_metrics import cache_usage, vllm_families
 
 if TYPE_CHECKING:
     from hasten.engine.stats import EngineStats
+    from hasten.server.engine.client import EngineClient
     from hasten.server.engine.replica import Replica
     from hasten.server.service import Service
 
 Key = tuple[str, str]
 """Model and version."""
 
-_PER_GPU = {
-    "utilization": ("nv_gpu_utilization", "gauge", "GPU utilization rate [0.0 - 1.0)"),
-    "memory_total": ("nv_gpu_memory_total_bytes", "gauge", "GPU total memory, in bytes"),
-    "memory_used": ("nv_gpu_memory_used_bytes", "gauge", "GPU used memory, in bytes"),
-    "power_usage": ("nv_gpu_power_usage", "gauge", "GPU power usage in watts"),
-    "power_limit": ("nv_gpu_power_limit", "gauge", "GPU power management limit in watts"),
-    "energy": ("nv_energy_consumption", "counter", "GPU energy consumption in joules since the server started"),
-}
+_CPU: Sequence[Metric[CpuReading]] = (
+    Metric("utilization", "gauge", "CPU utilization rate [0.0 - 1.0]", lambda cpu: cpu.utilization),
+    Metric("memory_total_bytes", "gauge", "CPU total memory (RAM), in bytes", lambda cpu: cpu.memory_total),
+    Metric("memory_used_bytes", "gauge", "CPU used memory (RAM), in bytes", lambda cpu: cpu.memory_used),
+)
+_GPU: Sequence[Metric[Mapping[str, float]]] = tuple(
+    Metric(name, kind, text, lambda gpu, key=key: gpu.get(key))  # type: ignore[misc]  # a default is an argument too
+    for key, name, kind, text in (
+        ("utilization", "nv_gpu_utilization", "gauge", "GPU utilization rate [0.0 - 1.0)"),
+        ("memory_total", "nv_gpu_memory_total_bytes", "gauge", "GPU total memory, in bytes"),
+        ("memory_used", "nv_gpu_memory_used_bytes", "gauge", "GPU used memory, in bytes"),
+        ("power_usage", "nv_gpu_power_usage", "gauge", "GPU power usage in watts"),
+        ("power_limit", "nv_gpu_power_limit", "gauge", "GPU power management limit in watts"),
+        ("energy", "nv_energy_consumption", "counter", "GPU energy consumption in joules since the server started"),
+    )
+)
+_TRITON: Sequence[Metric[ModelCounters]] = (
+    Metric("request_failure", "counter", "Number of failed inference requests, all batch sizes",
+           lambda model: {reason.value: count for reason, count in model.failures.items()}, "reason"),
+    Metric("request_success", "counter", "Number of successful inference requests, all batch sizes",
+           lambda model: model.success.count),
+    Metric("count", "counter", "Number of inferences performed (does not include cached requests)",
+           lambda model: model.inference_count),
+    Metric("exec_count", "counter", "Number of model executions performed (does not include cached requests)",
+           lambda model: model.execution_count),
+    Metric("request_duration_us", "counter", "Cumulative inference request duration in microseconds",
+           lambda model: model.success.ns // 1000),
+    Metric("queue_duration_us", "counter", "Cumulative inference queuing duration in microseconds",
+           lambda model: model.queue.ns // 1000),
+    Metric("compute_input_duration_us", "counter", "Cumulative compute input duration in microseconds",
+           lambda model: model.compute.input.ns // 1000),
+    Metric("compute_infer_duration_us", "counter", "Cumulative compute inference duration in microseconds",
+           lambda model: model.compute.infer.ns // 1000),
+    Metric("compute_output_duration_us", "counter", "Cumulative inference compute output duration in microseconds",
+           lambda model: model.compute.output.ns // 1000),
+    Metric("pending_request_count", "gauge", "Instantaneous number of pending requests awaiting execution per-model.",
+           lambda model: model.pending),
+)  # fmt: skip
+_LOAD: Metric[ModelCounters] = Metric(
+    "nv_model_load_duration_secs", "gauge", "Model load time in seconds", lambda model: model.load_seconds
+)
+_FIRST_RESPONSE: Metric[ModelCounters] = Metric(
+    "nv_inference_first_response_histogram_ms",
+    "histogram",
+    "Duration from request to first response in milliseconds",
+    lambda model: model.first_response_ms,
+)
+_LANGUAGE: Sequence[Metric[EngineCounters]] = (
+    Metric("time_to_first_token_seconds", "histogram", "Time from a request to its first token, whether or not it "
+           "streams", lambda counted: counted.time_to_first_token),
+    Metric("time_per_output_token_seconds", "histogram", "Time per token of a request, from its first token to its "
+           "end", lambda counted: counted.time_per_output_token),
+    Metric("e2e_request_latency_seconds", "histogram", "Time from a request to its end",
+           lambda counted: counted.latency),
+    Metric("queue_time_seconds", "histogram", "Time that a request waited before it was begun",
+           lambda counted: counted.queue_time),
+    Metric("prompt_tokens_total", "counter", "Tokens of prompts", lambda counted: counted.prompt_tokens),
+    Metric("generation_tokens_total", "counter", "Tokens generated", lambda counted: counted.generation_tokens),
+    Metric("texts_total", "counter", "Texts of which a vector or scores were made", lambda counted: counted.texts),
+    Metric("completions_total", "counter", "Completions by how they ended", lambda counted: counted.finished, "reason"),
+)  # fmt: skip
+_ENGINE: "Sequence[Metric[EngineClient]]" = (
+    Metric("engine_restarts_total", "counter", "Times that a dead engine was started again",
+           lambda engine: engine.restarts),
+    Metric("requests_refused_total", "counter", "Requests that were not begun, by the reason",
+           lambda engine: {reason: engine.refused[reason] for reason in QUEUE_REASONS}, "reason"),
+    Metric("token_delivery_seconds", "histogram", "Time that tokens took from the engine's process to the server's "
+           "(stage socket) and to all streams (write)", lambda engine: engine.delivery.stages(), "stage"),
+    Metric("estimated_wait_seconds", "gauge", "Estimated time until a request of default priority that came now would "
+           "be begun", lambda engine: engine.estimated_wait()),
+)  # fmt: skip
+_STATS: "Sequence[Metric[EngineStats]]" = (
+    Metric("requests_running", "gauge", "Requests that have begun and are not finished", lambda stats: stats.running),
+    Metric("requests_waiting", "gauge", "Requests in the queue", lambda stats: stats.waiting),
+    Metric("kv_cache_usage_ratio", "gauge", "Share of the key/value cache's blocks in use [0.0 - 1.0]", cache_usage),
+    Metric("prefix_cache_hit_tokens_total", "counter", "Tokens of prompts that were found in the prefix cache",
+           lambda stats: stats.prefix_hit_tokens),
+    Metric("prefix_cache_query_tokens_total", "counter", "Tokens of prompts that were looked up in the prefix cache",
+           lambda stats: stats.prefix_query_tokens),
+    Metric("preemptions_total", "counter", "Times that a request had to give its cache blocks back",
+           lambda stats: stats.preemptions),
+    Metric("engine_steps_total", "counter", "Steps of the engine", lambda stats: stats.steps),
+    Metric("engine_mixed_steps_total", "counter", "Steps that computed prompts while other requests decoded",
+           lambda stats: stats.mixed_steps),
+    Metric("engine_limited_steps_total", "counter", "Mixed steps whose prompts were cut to keep to --itl-target",
+           lambda stats: stats.limited_steps),
+    Metric("engine_mixed_step_seconds_total", "counter", "Time of mixed steps, measured",
+           lambda stats: stats.mixed_seconds),
+    Metric("engine_mixed_step_predicted_seconds_total", "counter", "Time of mixed steps, as predicted",
+           lambda stats: stats.predicted_mixed_seconds),
+)  # fmt: skip
+_REPLICA: "Sequence[Metric[Replica]]" = (
+    Metric("ready", "gauge", "Whether the engine computes requests: 1, or 0 while it starts again or stands still",
+           lambda replica: replica.ready),
+    Metric("restarts_total", "counter", "Times that the engine was started again after it had died",
+           lambda replica: replica.restarts),
+    Metric("requests_running", "gauge", "Requests that the engine has begun and not finished",
+           lambda replica: replica.stats().running),
+    Metric("requests_waiting", "gauge", "Requests that the engine has and has not begun",
+           lambda replica: replica.stats().waiting),
+    Metric("kv_cache_usage_ratio", "gauge", "Share of the blocks of the engine's key/value cache in use [0.0 - 1.0]",
+           lambda replica: cache_usage(replica.stats())),
+    Metric("prefix_cache_hit_tokens_total", "counter", "Tokens of prompts that the engine found in its prefix cache",
+           lambda replica: replica.stats().prefix_hit_tokens),
+    Metric("prompt_tokens_total", "counter", "Tokens of the prompts that the engine has taken",
+           lambda replica: replica.stats().prompt_tokens),
+    Metric("generation_tokens_total", "counter", "Tokens that the engine has generated",
+           lambda replica: replica.stats().generation_tokens),
+)  # fmt: skip
+"""Of each engine of a model; what the models' own metrics have is the sum."""
+_SERVER: "Sequence[Metric[Metrics]]" = (
+    Metric("build_info", "gauge", "Always 1; the version is a label", lambda _: {__version__: 1}, "version"),
+    Metric("inflight_request_bytes", "gauge", "Bytes of requests in flight, of each beyond 64 KiB",
+           lambda server: server.inflight.held),
+    Metric("inflight_refusals_total", "counter", "Requests refused for --max-inflight-bytes",
+           lambda server: server.inflight.refusals),
+)  # fmt: skip
+_CALLS: Metric[int] = Metric(
+    "hasten_api_calls_total", "counter", "Calls by API and by the status of their answer", lambda count: count
+)
 
 
 class Machine:
@@ -61,32 +176,11 @@ class Machine:
         """As they were at the last measurement."""
         if time.monotonic() - self._read_at >= self._interval:
             self._read_at = time.monotonic()
-            self._families = [*_processors(self._cpu), *_gpus(self._gpus)]
+            cpu = () if self._cpu is None else families("nv_cpu_", _CPU, [({}, self._cpu.read())])
+            gpus = {} if self._gpus is None else self._gpus.read()
+            of_gpus = [({"gpu_uuid": uuid}, values) for uuid, values in gpus.items()]
+            self._families = [*cpu, *families("", _GPU, of_gpus)]
         return self._families
-
-
-def _processors(meter: CpuMeter | None) -> Iterable[Family]:
-    if meter is None:
-        return
-    cpu = meter.read()
-    for name, text, value in (
-        ("nv_cpu_utilization", "CPU utilization rate [0.0 - 1.0]", cpu.utilization),
-        ("nv_cpu_memory_total_bytes", "CPU total memory (RAM), in bytes", cpu.memory_total),
-        ("nv_cpu_memory_used_bytes", "CPU used memory (RAM), in bytes", cpu.memory_used),
-    ):
-        family = Family(name, "gauge", text)
-        family.add({}, value)
-        yield family
-
-
-def _gpus(meter: GpuMeter | None) -> Iterable[Family]:
-    gpus = {} if meter is None else meter.read()
-    for key, (name, kind, text) in _PER_GPU.items():
-        family = Family(name, kind, text)
-        for uuid, values in gpus.items():
-            if key in values:
-                family.add({"gpu_uuid": uuid}, values[key])
-        yield family
 
 
 class Metrics:
@@ -102,22 +196,35 @@ class Metrics:
         self._service = service
         self._machine = machine or Machine()
         self._access = access or AccessLog()
-        self._inflight = inflight or InflightBytes()
+        self.inflight: InflightBytes = inflight or InflightBytes()
 
     def text(self) -> str:
         """All metrics as they are now."""
-        models, engines = self._service.counters.all(), self._service.engines()
-        families = [
-            *_triton(models),
-            self._first_response(models),
-            *_language(models),
-            *self._engines(),
-            *self._replicas(),
-            *vllm_families({name: engines[key] for name, key in self._names().items()}),
-            *self._server(),
-            *self._machine.families(),
+        models = [(_model(key), counters) for key, counters in self._service.counters.all().items()]
+        language = [(labels, each.language.total) for labels, each in models if each.language is not None]
+        engines = self._service.engines()
+        clients = [(_model(key), engine) for key, engine in engines.items()]
+        replicas = [
+            ({**labels, "replica": str(index)}, replica)
+            for labels, engine in clients
+            for index, replica in enumerate(engine.replicas)
         ]
-        return "".join(family.text() for family in families)
+        responding = [pair for pair in models if pair[1].first_response_ms.count or self._is_decoupled(pair[0])]
+        calls = sorted(self._access.counts.items())
+        found = chain(
+            families("nv_inference_", _TRITON, models),
+            families("", (_LOAD,), models),
+            families("", (_FIRST_RESPONSE,), responding),
+            families("hasten_", _LANGUAGE, language),
+            families("hasten_", _ENGINE, clients),
+            families("hasten_", _STATS, [(labels, engine.stats()) for labels, engine in clients]),
+            families("hasten_replica_", _REPLICA, replicas),
+            vllm_families({name: engines[key] for name, key in self._names().items()}),
+            families("hasten_", _SERVER, [({}, self)]),
+            families("", (_CALLS,), [({"api": api, "status": status}, count) for (api, status), count in calls]),
+            self._machine.families(),
+        )
+        return "".join(family.text() for family in found)
 
     def routes(self) -> list[Route]:
         """The route /metrics."""
@@ -133,188 +240,12 @@ class Metrics:
         names = {key: name for name, key in reversed(models_by_id(self._service).items())}
         return {name: key for key, name in names.items()}
 
-    def _first_response(self, models: Mapping[Key, ModelCounters]) -> Family:
-        family = Family(
-            "nv_inference_first_response_histogram_ms",
-            "histogram",
-            "Duration from request to first response in milliseconds",
-        )
-        for key, counters in models.items():
-            if counters.first_response_ms.count or self._is_decoupled(key):
-                family.add_histogram(_model(key), counters.first_response_ms)
-        return family
-
-    def _is_decoupled(self, key: Key) -> bool:
+    def _is_decoupled(self, labels: Labels) -> bool:
         try:
-            return self._service.is_decoupled(*key)
+            return self._service.is_decoupled(labels["model"], labels["version"])
         except ServiceError:  # not loaded now
             return False
-
-    def _server(self) -> Iterable[Family]:
-        build = Family("hasten_build_info", "gauge", "Always 1; the version is a label")
-        build.add({"version": __version__}, 1)
-        calls = Family("hasten_api_calls_total", "counter", "Calls by API and by the status of their answer")
-        for (api, status), count in sorted(self._access.counts.items()):
-            calls.add({"api": api, "status": status}, count)
-        held = Family("hasten_inflight_request_bytes", "gauge", "Bytes of requests in flight, of each beyond 64 KiB")
-        held.add({}, self._inflight.held)
-        refusals = Family("hasten_inflight_refusals_total", "counter", "Requests refused for --max-inflight-bytes")
-        refusals.add({}, self._inflight.refusals)
-        return build, calls, held, refusals
-
-    def _engines(self) -> Iterable[Family]:
-        engines = self._service.engines()
-        restarts = {key: float(engine.restarts) for key, engine in engines.items()}
-        yield _family("hasten_engine_restarts_total", "counter", "Times that a dead engine was started again", restarts)
-        refused = Family("hasten_requests_refused_total", "counter", "Requests that were not begun, by the reason")
-        for key, engine in engines.items():
-            for reason in QUEUE_REASONS:
-                refused.add({**_model(key), "reason": reason}, engine.refused[reason])
-        yield refused
-        delivery = Family(
-            "hasten_token_delivery_seconds",
-            "histogram",
-            "Time that tokens took from the engine's process to the server's (stage socket) and to all streams (write)",
-        )
-        for key, engine in engines.items():
-            for stage, histogram in engine.delivery.stages().items():
-                delivery.add_histogram({**_model(key), "stage": stage}, histogram)
-        yield delivery
-        waits = {key: engine.estimated_wait() for key, engine in engines.items()}
-        yield _family(
-            "hasten_estimated_wait_seconds",
-            "gauge",
-            "Estimated time until a request of default priority that came now would be begun",
-            {key: wait for key, wait in waits.items() if wait is not None},
-        )
-        stats = {key: engine.stats() for key, engine in engines.items()}
-        rows: Sequence[tuple[str, str, str, dict[Key, float]]] = (
-            ("requests_running", "gauge", "Requests that have begun and are not finished",
-             {key: counted.running for key, counted in stats.items()}),
-            ("requests_waiting", "gauge", "Requests in the queue",
-             {key: counted.waiting for key, counted in stats.items()}),
-            ("kv_cache_usage_ratio", "gauge", "Share of the key/value cache's blocks in use [0.0 - 1.0]",
-             {key: counted.used_blocks / max(1, counted.num_blocks) for key, counted in stats.items()}),
-            ("prefix_cache_hit_tokens_total", "counter", "Tokens of prompts that were found in the prefix cache",
-             {key: counted.prefix_hit_tokens for key, counted in stats.items()}),
-            ("prefix_cache_query_tokens_total", "counter", "Tokens of prompts that were looked up in the prefix cache",
-             {key: counted.prefix_query_tokens for key, counted in stats.items()}),
-            ("preemptions_total", "counter", "Times that a request had to give its cache blocks back",
-             {key: counted.preemptions for key, counted in stats.items()}),
-            ("engine_steps_total", "counter", "Steps of the engine",
-             {key: counted.steps for key, counted in stats.items()}),
-            ("engine_mixed_steps_total", "counter", "Steps that computed prompts while other requests decoded",
-             {key: counted.mixed_steps for key, counted in stats.items()}),
-            ("engine_limited_steps_total", "counter", "Mixed steps whose prompts were cut to keep to --itl-target",
-             {key: counted.limited_steps for key, counted in stats.items()}),
-            ("engine_mixed_step_seconds_total", "counter", "Time of mixed steps, measured",
-             {key: counted.mixed_seconds for key, counted in stats.items()}),
-            ("engine_mixed_step_predicted_seconds_total", "counter", "Time of mixed steps, as predicted",
-             {key: counted.predicted_mixed_seconds for key, counted in stats.items()}),
-        )  # fmt: skip
-        for name, kind, text, values in rows:
-            yield _family(f"hasten_{name}", kind, text, values)
-
-    def _replicas(self) -> Iterable[Family]:
-        """What is exposed of each engine of a model; what the models' own families have is the sum."""
-        rows: Sequence[tuple[str, str, str, Callable[[Replica, EngineStats], float]]] = (
-            ("ready", "gauge", "Whether the engine computes requests: 1, or 0 while it starts again or stands still",
-             lambda replica, _: replica.ready),
-            ("restarts_total", "counter", "Times that the engine was started again after it had died",
-             lambda replica, _: replica.restarts),
-            ("requests_running", "gauge", "Requests that the engine has begun and not finished",
-             lambda _, stats: stats.running),
-            ("requests_waiting", "gauge", "Requests that the engine has and has not begun",
-             lambda _, stats: stats.waiting),
-            ("kv_cache_usage_ratio", "gauge", "Share of the blocks of the engine's key/value cache in use [0.0 - 1.0]",
-             lambda _, stats: stats.used_blocks / max(1, stats.num_blocks)),
-            ("prefix_cache_hit_tokens_total", "counter", "Tokens of prompts that the engine found in its prefix cache",
-             lambda _, stats: stats.prefix_hit_tokens),
-            ("prompt_tokens_total", "counter", "Tokens of the prompts that the engine has taken",
-             lambda _, stats: stats.prompt_tokens),
-            ("generation_tokens_total", "counter", "Tokens that the engine has generated",
-             lambda _, stats: stats.generation_tokens),
-        )  # fmt: skip
-        replicas = [
-            ({**_model(key), "replica": str(index)}, replica, replica.stats())
-            for key, engine in self._service.engines().items()
-            for index, replica in enumerate(engine.replicas)
-        ]
-        for name, kind, text, value in rows:
-            family = Family(f"hasten_replica_{name}", kind, text)
-            for labels, replica, stats in replicas:
-                family.add(labels, value(replica, stats))
-            yield family
 
 
 def _model(key: Key) -> Labels:
     return {"model": key[0], "version": key[1]}
-
-
-def _family(name: str, kind: str, text: str, values: Mapping[Key, float]) -> Family:
-    family = Family(name, kind, text)
-    for key, value in values.items():
-        family.add(_model(key), value)
-    return family
-
-
-def _triton(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
-    failures = Family("nv_inference_request_failure", "counter", "Number of failed inference requests, all batch sizes")
-    for key, counters in models.items():
-        for reason, count in counters.failures.items():
-            failures.add({**_model(key), "reason": reason.value}, count)
-    rows: Sequence[tuple[str, str, str, dict[Key, float]]] = (
-        ("request_success", "counter", "Number of successful inference requests, all batch sizes",
-         {key: counted.success.count for key, counted in models.items()}),
-        ("count", "counter", "Number of inferences performed (does not include cached requests)",
-         {key: counted.inference_count for key, counted in models.items()}),
-        ("exec_count", "counter", "Number of model executions performed (does not include cached requests)",
-         {key: counted.execution_count for key, counted in models.items()}),
-        ("request_duration_us", "counter", "Cumulative inference request duration in microseconds",
-         {key: counted.success.ns // 1000 for key, counted in models.items()}),
-        ("queue_duration_us", "counter", "Cumulative inference queuing duration in microseconds",
-         {key: counted.queue.ns // 1000 for key, counted in models.items()}),
-        ("compute_input_duration_us", "counter", "Cumulative compute input duration in microseconds",
-         {key: counted.compute.input.ns // 1000 for key, counted in models.items()}),
-        ("compute_infer_duration_us", "counter", "Cumulative compute inference duration in microseconds",
-         {key: counted.compute.infer.ns // 1000 for key, counted in models.items()}),
-        ("compute_output_duration_us", "counter", "Cumulative inference compute output duration in microseconds",
-         {key: counted.compute.output.ns // 1000 for key, counted in models.items()}),
-        ("pending_request_count", "gauge", "Instantaneous number of pending requests awaiting execution per-model.",
-         {key: counted.pending for key, counted in models.items()}),
-    )  # fmt: skip
-    load = {key: counted.load_seconds for key, counted in models.items()}
-    return [
-        failures,
-        *(_family(f"nv_inference_{name}", kind, text, values) for name, kind, text, values in rows),
-        _family("nv_model_load_duration_secs", "gauge", "Model load time in seconds", load),
-    ]
-
-
-def _language(models: Mapping[Key, ModelCounters]) -> Iterable[Family]:
-    language = {key: counted.language.total for key, counted in models.items() if counted.language is not None}
-    for name, text, histograms in (
-        ("time_to_first_token_seconds", "Time from a request to its first token, whether or not it streams",
-         {key: counted.time_to_first_token for key, counted in language.items()}),
-        ("time_per_output_token_seconds", "Time per token of a request, from its first token to its end",
-         {key: counted.time_per_output_token for key, counted in language.items()}),
-        ("e2e_request_latency_seconds", "Time from a request to its end",
-         {key: counted.latency for key, counted in language.items()}),
-        ("queue_time_seconds", "Time that a request waited before it was begun",
-         {key: counted.queue_time for key, counted in language.items()}),
-    ):  # fmt: skip
-        family = Family(f"hasten_{name}", "histogram", text)
-        for key, histogram in histograms.items():
-            family.add_histogram(_model(key), histogram)
-        yield family
-    prompts = {key: float(counted.prompt_tokens) for key, counted in language.items()}
-    values = {key: float(counted.generation_tokens) for key, counted in language.items()}
-    yield _family("hasten_prompt_tokens_total", "counter", "Tokens of prompts", prompts)
-    yield _family("hasten_generation_tokens_total", "counter", "Tokens generated", values)
-    texts = {key: float(counted.texts) for key, counted in language.items()}
-    yield _family("hasten_texts_total", "counter", "Texts of which a vector or scores were made", texts)
-    ends = Family("hasten_completions_total", "counter", "Completions by how they ended")
-    for key, counted in language.items():
-        for reason, count in counted.finished.items():
-            ends.add({**_model(key), "reason": reason.value}, count)
-    yield ends

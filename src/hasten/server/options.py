@@ -10,12 +10,22 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.core.option_fields import option
 
+LOG_FORMATS = ("default", "ISO8601", "text", "json")
 CONTROL_MODES = ("none", "poll", "explicit")
 _LARGEST_PORT = 65535
 _MOST_CALLS = 1024
 """Under way on one gRPC connection; further ones wait at the client."""
 _LARGEST_INFLIGHT = 8
 """Requests of the largest size that may be in flight at once."""
+
+
+def _check_least(options: object, **least: float) -> None:
+    """ConfigError where an option is below its least value."""
+    for name, value in least.items():
+        given = getattr(options, name)
+        if given is not None and not given >= value:
+            shown = f"{given:g}" if isinstance(given, float) else given
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {value:g}, got {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +73,9 @@ class EndpointOptions:
             port = getattr(self, name)
             if not 0 <= port <= _LARGEST_PORT:
                 raise ConfigError(f"--{name.replace('_', '-')} must be from 0 to {_LARGEST_PORT}, got {port}")
-        for name in (
-            "max_connections",
-            "idle_timeout_secs",
-            "header_timeout_secs",
-            "body_timeout_secs",
-            "write_timeout_secs",
-        ):
-            value = getattr(self, f"http_{name}")
-            least = 1 if name == "max_connections" else 0.1
-            if not value >= least:
-                raise ConfigError(f"--http-{name.replace('_', '-')} must be at least {least}, got {value:g}")
-        if self.grpc_max_connections < 1:
-            raise ConfigError(f"--grpc-max-connections must be at least 1, got {self.grpc_max_connections}")
-        if self.metrics_interval_ms < 0:
-            raise ConfigError(f"--metrics-interval-ms must be at least 0, got {self.metrics_interval_ms:g}")
+        timeouts = (f"http_{name}_timeout_secs" for name in ("idle", "header", "body", "write"))
+        _check_least(self, http_max_connections=1, **dict.fromkeys(timeouts, 0.1))
+        _check_least(self, grpc_max_connections=1, metrics_interval_ms=0)
 
     def grpc_channel(self, security: "SecurityOptions") -> list[tuple[str, int]]:
         """Options of gRPC's own."""
@@ -99,13 +97,12 @@ class EndpointOptions:
             ),
             ("grpc.http2.max_ping_strikes", self.grpc_http2_max_ping_strikes),
         ]
-        if self.grpc_max_connection_idle:
-            options.append(("grpc.max_connection_idle_ms", self.grpc_max_connection_idle))
-        if self.grpc_max_connection_age:
-            options.append(("grpc.max_connection_age_ms", self.grpc_max_connection_age))
-        if self.grpc_max_connection_age_grace:
-            options.append(("grpc.max_connection_age_grace_ms", self.grpc_max_connection_age_grace))
-        return options
+        limits = [
+            ("grpc.max_connection_idle_ms", self.grpc_max_connection_idle),
+            ("grpc.max_connection_age_ms", self.grpc_max_connection_age),
+            ("grpc.max_connection_age_grace_ms", self.grpc_max_connection_age_grace),
+        ]
+        return options + [(name, limit) for name, limit in limits if limit]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +117,7 @@ class LogOptions:
         "default",
         "form of the log's lines: Triton's, with ISO8601 for other times, or json for an object per line; text is "
         "default",
-        choices=("default", "ISO8601", "text", "json"),
+        choices=LOG_FORMATS,
     )
     log_file: str = option("", "file to append the log to (default: standard error)", kind="path")
     log_requests: bool = option(
@@ -176,13 +173,8 @@ class SecurityOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            *("max_request_bytes", "max_header_bytes", "max_url_bytes", "max_text_bytes", "max_queue_bytes"),
-            *("max_grpc_message_bytes", "max_prompt_tokens"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        names = ("max_request_bytes", "max_header_bytes", "max_url_bytes", "max_text_bytes", "max_queue_bytes")
+        _check_least(self, **dict.fromkeys((*names, "max_grpc_message_bytes", "max_prompt_tokens"), 1))
         if self.inflight_bytes < self.max_request_bytes:
             least = f"--max-request-bytes ({self.max_request_bytes})"
             raise ConfigError(f"--max-inflight-bytes must be at least {least}, got {self.inflight_bytes}")
@@ -236,11 +228,7 @@ class ModelOptions:
     )
 
     def __post_init__(self) -> None:
-        at_least = {"data_parallel_size": 1, "max_batch": 1, "max_queue_size": 0, "queue_timeout_secs": 0}
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        _check_least(self, data_parallel_size=1, max_batch=1, max_queue_size=0, queue_timeout_secs=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +243,7 @@ class ServerOptions:
     enable_per_request_metrics: bool = option(False, "answers of OpenAI's API have the times of their requests")
 
     def __post_init__(self) -> None:
-        if self.exit_timeout_secs < 0:
-            raise ConfigError(f"--exit-timeout-secs must be at least 0, got {self.exit_timeout_secs:g}")
+        _check_least(self, exit_timeout_secs=0)
         if not self.stall_timeout_secs > 0:
             raise ConfigError(f"--stall-timeout-secs must be above 0, got {self.stall_timeout_secs:g}")
 

@@ -1,11 +1,19 @@
-"""Who may ask, and how much: API keys, TLS, and the bytes of bodies, of each and of all in flight."""
+"""Who may ask, and how much: API keys, TLS, and the bytes of bodies, of each and of all in flight.
+
+HTTP ports have names under which clients may reach them, so that no foreign page can use a browser to ask the server.
+Two ways are closed. A page of another site sends its own `Origin` with whatever it asks in its reader's name: such a
+request may change nothing. A page whose name is made to stand for this machine's address (DNS rebinding) sends that
+name as `Host`: a server that this machine alone reaches knows its names, and answers to no other.
+"""
 
 import hashlib
 import hmac
+import ipaddress
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -14,11 +22,85 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hasten.core.errors import ConfigError
 from hasten.core.files import reading
 from hasten.core.text import utf8_lines
-from hasten.server.cache_salt import set_tenant
-from hasten.server.hosts import Hosts
-from hasten.server.http_errors import error_response, service_error_response
+from hasten.server.call import set_tenant
+from hasten.server.errors import error_response, service_error_response
 from hasten.server.inflight import Claim, InflightBytes
 from hasten.server.types import ServiceError
+
+_ANY = "*"
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Requests that change nothing."""
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_LONGEST_SHOWN = 100
+
+
+class Hosts:
+    """The names of one port. Addresses stand for themselves: no name can be made to stand for them."""
+
+    def __init__(self, address: str, allowed: Iterable[str] = ()) -> None:
+        """`address` is what the port is bound to, `allowed` are further names; `*` stands for any."""
+        names = frozenset(_plain(name) for name in allowed)
+        self._any_origin = _ANY in names
+        self._any_host = self._any_origin or (not names and not _is_loopback(address))
+        self._names = names
+        self._own = frozenset({"localhost", _plain(address)})
+
+    def refusal(self, method: str, host: str, origin: str | None) -> str | None:
+        """Why a request with these headers is refused, or None. A request without a `Host` is of no browser."""
+        if host and not self._may_be(_name(host)):
+            return (
+                f"the host {host[:_LONGEST_SHOWN]!r} is none of this server's names; its operator allows it with "
+                "--allowed-host"
+            )
+        if origin is None or method in _SAFE_METHODS or self._is_own(origin, host):
+            return None
+        return (
+            f"a page of {origin[:_LONGEST_SHOWN]!r} may not use this server; its operator allows it with --allowed-host"
+        )
+
+    def _may_be(self, name: str) -> bool:
+        if self._any_host or name in self._names or name in self._own or name.endswith(".localhost"):
+            return True
+        return _is_address(name)
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        if self._any_origin:
+            return True
+        try:
+            parts = urlsplit(origin)
+            port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
+            own = urlsplit(f"{parts.scheme}://{host}")
+            same = (parts.hostname, port) == (own.hostname, own.port or _DEFAULT_PORTS.get(parts.scheme))
+        except ValueError:
+            return False
+        return parts.hostname is not None and (same or _plain(parts.hostname) in self._names)
+
+
+def _name(host: str) -> str:
+    """The name or address in a `Host`, without a port."""
+    try:
+        return _plain(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().rstrip(".").strip("[]")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "localhost" or (
+        _is_address(_plain(address)) and ipaddress.ip_address(_plain(address)).is_loopback
+    )
+
 
 _PERSON = b"hasten tenant"
 NO_KEY = "a valid API key is required: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
@@ -58,10 +140,6 @@ class ApiKeys:
         if not known:
             return None
         return hashlib.blake2b(given, digest_size=16, person=_PERSON).hexdigest() if self._salts else ""
-
-    def admit(self, authorization: str, key: str = "") -> bool:
-        """Whether one of the keys is given; see `tenant`."""
-        return self.tenant(authorization, key) is not None
 
     def __or__(self, others: "ApiKeys | None") -> "ApiKeys":
         """These keys and others."""

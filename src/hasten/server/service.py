@@ -13,10 +13,10 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from hasten import __version__
 from hasten.server.call import note_model
-from hasten.server.engine.client import EngineClient
+from hasten.server.engine.client import NO_LIMITS, EngineClient, QueueLimits
 from hasten.server.lifecycle import Registry, StartEngine
 from hasten.server.models.config import is_decoupled
-from hasten.server.models.interfaces import TEXT_KINDS, Kind
+from hasten.server.models.interfaces import TEXT_KINDS
 from hasten.server.models.parameters import token_model_of
 from hasten.server.repository import Repository
 from hasten.server.statistics import Counters
@@ -63,12 +63,14 @@ class Service:
         server_id: str = "hasten",
         strict_readiness: bool = True,
         start_engine: StartEngine = EngineClient.start,
+        limits: QueueLimits = NO_LIMITS,
     ) -> None:
+        """`limits`: those of all queues, beside what models say of their own."""
         self.counters = Counters()
         self.mode = mode
         self._server_id = server_id
         self._strict = strict_readiness
-        self._registry = Registry(repository, self.counters, start_engine=start_engine)
+        self._registry = Registry(repository, self.counters, start_engine, limits)
         self._started = self._closing = False
         self._polling: asyncio.Task[None] | None = None
 
@@ -134,12 +136,9 @@ class Service:
         """A model's tensors; without a version, those of the newest and the numbers of all that serve."""
         message = service_pb2.ModelMetadataResponse()
         message.CopyFrom(self._find(model, version).metadata)
-        serving = (str(each.number) for each in self._registry.versions() if each.name == model and self._serves(each))
+        serving = (str(each.number) for each in self._registry.serving() if each.name == model)
         message.versions.extend([version] if version else serving)
         return message
-
-    def _serves(self, version: Version) -> bool:
-        return self._registry.serves(version)
 
     def model_config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
         """A model's configuration, complete; not to be changed."""
@@ -148,7 +147,7 @@ class Service:
     def statistics(self, model: str = "", version: str = "") -> list[service_pb2.ModelStatistics]:
         """Of all models that serve, or of one; a version is looked at only with a model."""
         number = version_number(version)
-        serving = [each for each in self._registry.versions() if self._serves(each) and model in ("", each.name)]
+        serving = [each for each in self._registry.serving() if model in ("", each.name)]
         found = [each for each in serving if not model or number in (-1, each.number)]
         if model and not serving:
             raise invalid(f"requested model '{model}' is not available")
@@ -227,18 +226,17 @@ class Service:
 
     def engines(self) -> Mapping[tuple[str, str], EngineClient]:
         """The engines of the models that serve, by model and version."""
-        owners = (each for each in self._registry.versions() if each.description.kind is Kind.TOKEN)
-        pairs = ((each, each.model.engine) for each in owners if self._serves(each))
+        pairs = ((each, each.model.engine) for each in self._registry.serving())
         return {(each.name, str(each.number)): engine for each, engine in pairs if engine is not None}
 
-    def tally(self, model: str, version: str, items: int, begun: int) -> Tally:
+    def tally(self, model: str, version: str, items: int, begun: int, *, stream: bool = False) -> Tally:
         """What counts a request for an engine of `engines` that an API makes of it; ServiceError where none serves."""
-        return self._find(model, version).tally(items, begun)
+        return self._find(model, version).tally(items, begun, stream=stream)
 
     def backends(self) -> Mapping[str, list[str]]:
         """The models that serve, by the backend that computes them."""
         backends: dict[str, list[str]] = {}
-        for each in filter(self._serves, self._registry.versions()):
+        for each in self._registry.serving():
             models = backends.setdefault(each.config.backend, [])
             models += [each.name] if each.name not in models else []
         backends.pop("", None)  # ensembles have none
@@ -246,9 +244,8 @@ class Service:
 
     def text_models(self) -> Mapping[str, str]:
         """The text models that serve, each with the token model whose engine it uses."""
-        texts = (each for each in self._registry.versions() if each.description.kind in TEXT_KINDS)
-        serving = (each for each in texts if self._serves(each))
-        return {each.name: token_model_of(each.config) for each in serving}
+        texts = (each for each in self._registry.serving() if each.description.kind in TEXT_KINDS)
+        return {each.name: token_model_of(each.config) for each in texts}
 
     async def close(self, exit_timeout: float) -> None:
         """Take no more requests, let those in flight finish for up to `exit_timeout` seconds, and end the engines."""

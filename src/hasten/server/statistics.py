@@ -10,7 +10,7 @@ from tritonclient.grpc import service_pb2
 from hasten.core.errors import EngineError, HastenError
 from hasten.server.engine.counters import LanguageCounters
 from hasten.server.engine.queue import QueueError
-from hasten.server.histogram import Histogram
+from hasten.server.exposition import Histogram
 from hasten.server.models.work import Work
 
 

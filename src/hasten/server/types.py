@@ -78,15 +78,6 @@ def invalid(message: str) -> ServiceError:
     return ServiceError(ErrorKind.INVALID, message)
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor of a model, with the batch axis if it has one."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-
 @dataclass
 class Tensor:
     """A named tensor. `data` has the shape `shape`; BYTES are an object array of `bytes`."""

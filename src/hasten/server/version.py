@@ -111,10 +111,10 @@ class Version:
         work = self._rules.work(request)
         return self.model.execute(work), self._counters.track(work)
 
-    def tally(self, items: int, begun: int) -> "Tally":
+    def tally(self, items: int, begun: int, *, stream: bool = False) -> "Tally":
         """Counts a request of this number of items that reaches its engine past its model; see Tally."""
         work = Work("", self.name, {}, items, frozenset(), {}, clock=Clock(begun))
-        return Tally(self, work, self._counters.track(work))
+        return Tally(self, work, self._counters.track(work), stream=stream)
 
     async def end(self, timeout: float) -> None:
         """Let its requests finish, for up to `timeout` seconds, and free what it holds."""
@@ -196,24 +196,23 @@ class Tally:
     To be closed.
     """
 
-    def __init__(self, version: Version, work: Work, tracked: Tracked) -> None:
+    def __init__(self, version: Version, work: Work, tracked: Tracked, *, stream: bool) -> None:
+        self._stream = stream
         self._clock = work.clock
         self._tracked = tracked
         self._held = ExitStack()
         self._held.enter_context(version.use())
         self._clock.prepare()
 
-    def take(self, progress: Progress, *, stream: bool) -> None:
-        """Something is new of an item."""
+    def take(self, progress: Progress, *, last: bool) -> None:
+        """Something is new of an item; `last`: all items have ended."""
         if progress.queue_seconds is not None:
             self._clock.wait(progress.queue_seconds)
-            self._tracked.respond(decoupled=stream)
+            self._tracked.respond(decoupled=self._stream)
         if progress.finished:
             self._clock.compute()
-
-    def succeed(self) -> None:
-        """All items have ended."""
-        self._tracked.succeed()
+        if last:
+            self._tracked.succeed()
 
     def fail(self, error: BaseException) -> None:
         """It ends with an error."""

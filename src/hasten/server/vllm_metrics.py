@@ -4,7 +4,9 @@ Each sample has the labels `model_name`, as OpenAI's API calls the model, and `e
 Requests that no engine has got yet count as engine 0's. Histograms have vLLM's buckets.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import methodcaller
 from typing import TYPE_CHECKING
 
 from hasten.server.engine.counters import (
@@ -17,34 +19,68 @@ from hasten.server.engine.counters import (
     EngineCounters,
 )
 from hasten.server.engine.queue import QUEUE_REASONS
-from hasten.server.exposition import Family, Labels
+from hasten.server.exposition import Family, Histogram, Metric, families
 
 if TYPE_CHECKING:
     from hasten.engine.stats import EngineStats
     from hasten.server.engine.client import EngineClient
-    from hasten.server.engine.replica import Replica
 
-_STATS: Sequence[tuple[str, str, str, "Callable[[EngineStats], float]"]] = (
-    ("num_requests_running", "gauge", "Requests in execution", lambda stats: stats.running),
-    ("num_requests_waiting", "gauge", "Requests that wait to be executed", lambda stats: stats.waiting),
-    ("kv_cache_usage_perc", "gauge", "Share of the key/value cache in use; 1 is all of it",
-     lambda stats: stats.used_blocks / max(1, stats.num_blocks)),
-    ("prefix_cache_queries_total", "counter", "Tokens that were looked up in the prefix cache",
-     lambda stats: stats.prefix_query_tokens),
-    ("prefix_cache_hits_total", "counter", "Tokens that were found in the prefix cache",
-     lambda stats: stats.prefix_hit_tokens),
-    ("num_preemptions_total", "counter", "Times that a request was preempted", lambda stats: stats.preemptions),
+
+@dataclass(frozen=True)
+class _Engine:
+    """One engine of a model."""
+
+    index: int
+    client: "EngineClient"
+
+    @property
+    def stats(self) -> "EngineStats":
+        return self.client.replicas[self.index].stats()
+
+    @property
+    def counters(self) -> EngineCounters:
+        return self.client.counters.of(self.index)
+
+    def histogram(self, attribute: str, bounds: Sequence[float] | None) -> Histogram:
+        """One of its counters' histograms, with these bounds; None: up to the model's maximum length."""
+        histogram: Histogram = getattr(self.counters, attribute)
+        most = self.client.info.max_model_len
+        return histogram.within(bounds or [bound for bound in histogram.bounds if bound <= most])
+
+
+def cache_usage(stats: "EngineStats") -> float:
+    """Share of the blocks of a key/value cache that is in use."""
+    return stats.used_blocks / max(1, stats.num_blocks)
+
+
+_METRICS: Sequence[Metric[_Engine]] = (
+    Metric("num_requests_running", "gauge", "Requests in execution", lambda engine: engine.stats.running),
+    Metric("num_requests_waiting", "gauge", "Requests that wait to be executed",
+           lambda engine: engine.stats.waiting + (0 if engine.index else engine.client.num_queued)),
+    Metric("kv_cache_usage_perc", "gauge", "Share of the key/value cache in use; 1 is all of it",
+           lambda engine: cache_usage(engine.stats)),
+    Metric("prefix_cache_queries_total", "counter", "Tokens that were looked up in the prefix cache",
+           lambda engine: engine.stats.prefix_query_tokens),
+    Metric("prefix_cache_hits_total", "counter", "Tokens that were found in the prefix cache",
+           lambda engine: engine.stats.prefix_hit_tokens),
+    Metric("num_preemptions_total", "counter", "Times that a request was preempted",
+           lambda engine: engine.stats.preemptions),
+    Metric("estimated_flops_per_gpu_total", "counter", "Estimated floating point operations of each GPU",
+           lambda engine: engine.stats.estimated_flops),
+    Metric("estimated_read_bytes_per_gpu_total", "counter", "Estimated bytes that each GPU read from its memory",
+           lambda engine: engine.stats.estimated_read_bytes),
+    Metric("estimated_write_bytes_per_gpu_total", "counter", "Estimated bytes that each GPU wrote to its memory",
+           lambda engine: engine.stats.estimated_write_bytes),
+    Metric("prompt_tokens_total", "counter", "Tokens of prompts", lambda engine: engine.counters.prompt_tokens),
+    Metric("prompt_tokens_cached_total", "counter", "Tokens of prompts that were in the prefix cache",
+           lambda engine: engine.counters.cached_tokens),
+    Metric("generation_tokens_total", "counter", "Tokens generated", lambda engine: engine.counters.generation_tokens),
+    Metric("request_success_total", "counter", "Completions by how they ended",
+           lambda engine: engine.counters.finished, "finished_reason"),
 )  # fmt: skip
-_ESTIMATES: Sequence[tuple[str, str, "Callable[[EngineStats], float]"]] = (
-    ("flops", "Estimated floating point operations of each GPU", lambda stats: stats.estimated_flops),
-    ("read_bytes", "Estimated bytes that each GPU read from its memory", lambda stats: stats.estimated_read_bytes),
-    ("write_bytes", "Estimated bytes that each GPU wrote to its memory", lambda stats: stats.estimated_write_bytes),
-)
-_COUNTERS: Sequence[tuple[str, str, Callable[[EngineCounters], float]]] = (
-    ("prompt_tokens_total", "Tokens of prompts", lambda counters: counters.prompt_tokens),
-    ("prompt_tokens_cached_total", "Tokens of prompts that were in the prefix cache",
-     lambda counters: counters.cached_tokens),
-    ("generation_tokens_total", "Tokens generated", lambda counters: counters.generation_tokens),
+_OF_MODELS: "Sequence[Metric[EngineClient]]" = (
+    Metric("admission_rejections_total", "counter", "Requests that were refused, by the reason",
+           lambda client: {reason: client.refused[reason] for reason in QUEUE_REASONS}, "reason"),
 )  # fmt: skip
 _HISTOGRAMS: Sequence[tuple[str, str, str, Sequence[float] | None]] = (
     ("time_to_first_token_seconds", "time_to_first_token", "Time to the first token", FIRST_TOKEN_S),
@@ -74,65 +110,20 @@ _HISTOGRAMS: Sequence[tuple[str, str, str, Sequence[float] | None]] = (
 
 def vllm_families(models: "Mapping[str, EngineClient]") -> Iterator[Family]:
     """All metrics of engines, by the names of their models."""
+    clients = [({"model_name": name, "engine": "0"}, client) for name, client in models.items()]
     engines = [
-        ({"model_name": name, "engine": str(index)}, replica, client.counters.of(index))
-        for name, client in models.items()
-        for index, replica in enumerate(client.replicas)
+        ({**labels, "engine": str(index)}, _Engine(index, client))
+        for labels, client in clients
+        for index in range(len(client.replicas))
     ]
-    yield from _of_stats(models, engines)
-    yield from _of_requests(models, engines)
-    info = Family("vllm:cache_config_info", "gauge", "Always 1; the key/value cache is described by the labels")
-    for labels, replica, _ in engines:
-        about = replica.info
-        cache = {"block_size": about.block_size, "num_gpu_blocks": about.num_blocks}
-        info.add({**labels, **_texts(cache), "cache_dtype": about.cache_dtype or "auto"}, 1)
-    yield info
-
-
-_Engines = Iterable[tuple[Labels, "Replica", EngineCounters]]
-
-
-def _texts(numbers: Mapping[str, int]) -> dict[str, str]:
-    return {name: str(number) for name, number in numbers.items()}
-
-
-def _of_stats(models: "Mapping[str, EngineClient]", engines: _Engines) -> Iterator[Family]:
-    stats = [(labels, replica.stats()) for labels, replica, _ in engines]
-    queued = {name: client.num_queued for name, client in models.items()}
-    for name, kind, text, value in _STATS:
-        family = Family(f"vllm:{name}", kind, text)
-        for labels, now in stats:
-            waits = name == "num_requests_waiting" and labels["engine"] == "0"
-            family.add(labels, value(now) + (queued[labels["model_name"]] if waits else 0))
-        yield family
-    for name, text, value in _ESTIMATES:
-        family = Family(f"vllm:estimated_{name}_per_gpu_total", "counter", text)
-        for labels, now in stats:
-            family.add(labels, value(now))
-        yield family
-
-
-def _of_requests(models: "Mapping[str, EngineClient]", engines: _Engines) -> Iterator[Family]:
-    for name, text, value in _COUNTERS:
-        family = Family(f"vllm:{name}", "counter", text)
-        for labels, _, counters in engines:
-            family.add(labels, value(counters))
-        yield family
-    ends = Family("vllm:request_success_total", "counter", "Completions by how they ended")
-    for labels, _, counters in engines:
-        for finished_reason, count in counters.finished.items():
-            ends.add({**labels, "finished_reason": finished_reason.value}, count)
-    yield ends
-    refused = Family("vllm:admission_rejections_total", "counter", "Requests that were refused, by the reason")
-    for name, client in models.items():
-        for reason in QUEUE_REASONS:
-            refused.add({"model_name": name, "engine": "0", "reason": reason}, client.refused[reason])
-    yield refused
+    yield from families("vllm:", _METRICS, engines)
+    yield from families("vllm:", _OF_MODELS, clients)
     for name, attribute, text, bounds in _HISTOGRAMS:
-        family = Family(f"vllm:{name}", "histogram", text)
-        for labels, _, counters in engines:
-            histogram = getattr(counters, attribute)
-            most = models[labels["model_name"]].info.max_model_len
-            shown = bounds or [bound for bound in histogram.bounds if bound <= most]
-            family.add_histogram(labels, histogram.within(shown))
-        yield family
+        value = methodcaller("histogram", attribute, bounds)
+        yield from families("vllm:", (Metric(name, "histogram", text, value),), engines)
+    info = Family("vllm:cache_config_info", "gauge", "Always 1; the key/value cache is described by the labels")
+    for labels, engine in engines:
+        about = engine.client.replicas[engine.index].info
+        cache = {"block_size": str(about.block_size), "num_gpu_blocks": str(about.num_blocks)}
+        info.add({**labels, **cache, "cache_dtype": about.cache_dtype or "auto"}, 1)
+    yield info

@@ -18,9 +18,8 @@ from tritonclient.grpc import service_pb2
 from hasten.bench.load.client import ClientOptions
 from hasten.bench.load.grpc import event, infer_request
 from hasten.bench.load.target import find_target
-from hasten.bench.load.triton import TextModelInputs
+from hasten.bench.load.triton import TensorSpec, TextModelInputs
 from hasten.core.errors import ConfigError, EngineError
-from hasten.server.types import TensorSpec
 
 SERVICE = "inference.GRPCInferenceService"
 VLLM = ("text_input BYTES", "stream BOOL", "sampling_parameters BYTES", "return_num_output_tokens BOOL")

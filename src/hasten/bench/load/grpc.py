@@ -14,10 +14,10 @@ from tritonclient.utils import deserialize_bytes_tensor
 
 from hasten.bench.load.address import Address
 from hasten.bench.load.reply import Event, Reply, RequestError
-from hasten.bench.load.triton import TextModelInputs
+from hasten.bench.load.triton import TensorSpec, TextModelInputs
 from hasten.bench.served import channel_options
 from hasten.server.protocol.tensors import NUMPY, objects, to_bytes
-from hasten.server.types import Tensor, TensorSpec
+from hasten.server.types import Tensor
 
 _SERVICE = "/inference.GRPCInferenceService"
 _STREAMS_PER_CONNECTION = 64

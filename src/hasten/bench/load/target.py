@@ -12,9 +12,8 @@ from hasten.bench.load.address import Address
 from hasten.bench.load.codec import Chats, Codec, Completions, Exchanged, Generate, RequestOptions, full_prompt
 from hasten.bench.load.http import HttpClient
 from hasten.bench.load.reply import Reply, RequestError
-from hasten.bench.load.triton import TEXT_INPUT, TextModelInputs
+from hasten.bench.load.triton import TEXT_INPUT, TensorSpec, TextModelInputs
 from hasten.core.errors import ConfigError, EngineError
-from hasten.server.types import TensorSpec
 
 if TYPE_CHECKING:
     from hasten.bench.load.grpc import GrpcClient

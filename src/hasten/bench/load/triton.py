@@ -8,7 +8,6 @@ from typing import Any
 from hasten.core.errors import ConfigError
 from hasten.core.sampling import names_at
 from hasten.core.sampling_rules import Entrance
-from hasten.server.types import TensorSpec
 
 TEXT_INPUT = "text_input"
 _SAMPLING = "sampling_parameters"
@@ -17,6 +16,15 @@ _TENSORRT_LLM = {name: theirs for name, theirs in names_at(Entrance.TENSORRT_LLM
 """Inputs of TensorRT-LLM's models for sampling parameters, where their values are the same."""
 _FLAGS = ("exclude_input_in_output", "return_num_input_tokens", "return_num_output_tokens")
 """Inputs that are set where a model has them: the new text alone, and its number of tokens."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a model, with the batch axis if it has one."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)

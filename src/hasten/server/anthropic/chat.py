@@ -1,10 +1,11 @@
-"""A request of the Messages API as a chat."""
+"""Requests of Anthropic's Messages API, and the chats that they are. Fields that are not here are refused by name."""
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from hasten.server.anthropic.types import ContentBlock, CountRequest, Message, MessagesRequest, MessageTool
+import msgspec
+
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.types import (
     ChatMessage,
@@ -14,21 +15,106 @@ from hasten.server.openai.types import (
     FunctionCall,
     FunctionName,
     NamedToolChoice,
+    SharedFields,
     Tool,
     ToolCall,
 )
 
-_SAME = (
-    *("max_tokens", "stream", "temperature", "top_p", "top_k", "seed", "ignore_eos", "priority"),
-    *("chat_template_kwargs", "cache_salt"),
-)
-"""Fields that chats have, too."""
+
+class ContentBlock(msgspec.Struct):
+    """A part of a message: text, thinking, a call of a tool or its result; `type` says which."""
+
+    type: str
+    text: str | None = None
+    thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: str | None = None
+    content: "str | list[ContentBlock] | None" = None
+    is_error: bool | None = None
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """One message."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[ContentBlock]
+
+
+class MessageTool(msgspec.Struct, forbid_unknown_fields=True):
+    """A function that the model may call."""
+
+    name: str
+    input_schema: dict[str, Any] | None = None
+    description: str | None = None
+    type: str | None = None
+    strict: bool | None = None
+    """As OpenAI's."""
+    cache_control: Any = None
+    """Without effect: prompts are cached as they are."""
+
+
+class MessageToolChoice(msgspec.Struct, forbid_unknown_fields=True):
+    """Whether tools are to be called: auto, any, none, or the tool of a name."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(msgspec.Struct):
+    """Whether the model is to think first. How long it does is its own choice: a budget has no effect."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+
+
+class CountRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /v1/messages/count_tokens; `null` stands for a field that is left out."""
+
+    model: str
+    messages: list[Message]
+    system: str | list[ContentBlock] | None = None
+    tools: list[MessageTool] | None = None
+    tool_choice: MessageToolChoice | None = None
+    thinking: Thinking | None = None
+    cache_control: Any = None
+    """Without effect, as in tools."""
+
+    @property
+    def wants_thinking(self) -> bool:
+        """Whether the answer is to have what the model thinks."""
+        return self.thinking is not None and self.thinking.type != "disabled"
+
+
+class MessagesRequest(CountRequest, kw_only=True):
+    """POST /v1/messages."""
+
+    max_tokens: int
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stream: bool | None = None
+    stop_sequences: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    """Without effect: nothing here depends on who asks."""
+    service_tier: str | None = None
+
+    # vLLM's extensions
+    seed: int | None = None
+    ignore_eos: bool | None = None
+    priority: int | None = None
+    """As in chats."""
+    cache_salt: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def as_chat(body: CountRequest) -> ChatRequest:
     """The chat that a request asks for; OpenAIError names what no model here can do."""
-    same = {name: getattr(body, name) for name in _SAME if isinstance(body, MessagesRequest)}
+    same: dict[str, Any] = {"model": body.model}
     if isinstance(body, MessagesRequest):
+        same = {name: getattr(body, name) for name in (*SharedFields.__struct_fields__, "max_tokens")}
+        same["chat_template_kwargs"] = body.chat_template_kwargs
         if body.service_tier not in (None, "auto", "standard_only"):
             raise OpenAIError(f"service_tier={body.service_tier!r:.80} is not supported", param="service_tier")
         same["stop"] = body.stop_sequences
@@ -37,7 +123,6 @@ def as_chat(body: CountRequest) -> ChatRequest:
             same["chat_template_kwargs"] = {"enable_thinking": body.wants_thinking} | (body.chat_template_kwargs or {})
     parallel = body.tool_choice is None or not body.tool_choice.disable_parallel_tool_use
     return ChatRequest(
-        model=body.model,
         messages=list(_messages(body)),
         tools=None if body.tools is None else list(_tools(body.tools)),
         tool_choice=_choice(body),

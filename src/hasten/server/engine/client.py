@@ -6,10 +6,9 @@ Imports no torch. A request waits here, by priority and arrival, until an engine
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
@@ -17,14 +16,14 @@ from hasten.core.errors import ConfigError, EngineError, HastenError
 from hasten.core.types import FinishReason, Request, SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
-from hasten.server.cache_salt import cache_salt
 from hasten.server.engine.counters import LanguageCounters
 from hasten.server.engine.intake import Intake, attach
 from hasten.server.engine.link import Delivery
-from hasten.server.engine.loaded import LoadedModel
 from hasten.server.engine.queue import (
+    DEFAULT_QUEUEING,
     QueueError,
     QueueFullError,
+    Queueing,
     QueueLimits,
     QueueTimeoutError,
     QueueWaitError,
@@ -47,11 +46,12 @@ __all__ = [
     "QueueLimits",
     "QueueTimeoutError",
     "QueueWaitError",
+    "Queueing",
 ]
 
 _MIN_ENGINE_LIMIT = 8
 """Engines of one model that a machine with fewer CPUs may have, too: those of GPUs need little of them."""
-_NO_LIMITS = QueueLimits()
+NO_LIMITS = QueueLimits()
 
 
 def _check_engines(count: int) -> None:
@@ -74,25 +74,22 @@ class EngineClosedError(EngineError):
     """The engine takes no requests any more: it is being drained, or is closed."""
 
 
-class EngineClient:
-    """The engines of one model. Made by `start`; `generate` may be called by many tasks of one event loop."""
+class EngineClient(Intake):
+    """The engines of one model. Made by `start`; `submit` may be called by many tasks of one event loop."""
 
     def __init__(
         self, config: EngineConfig, limits: QueueLimits, name: str, stall_timeout: float, engines: int = 1
     ) -> None:
+        super().__init__(config, limits, engines)
         self.name = name
-        self.model = LoadedModel(config)
         self.refused: Counter[str] = Counter()
         """Requests that were refused or given up, by the reasons of QueueError."""
         self.counters = LanguageCounters()
         """What its requests took, by engine."""
         self.delivery = Delivery()
-        self._config = config
-        self._limits = limits
         self._queue = RequestQueue(limits, engines)
         self.replicas = [self._replica(index, stall_timeout) for index in range(engines)]
         """Each of the engines."""
-        self._intake = Intake(config, limits, self.model, engines)
         self._closing: asyncio.Task[None] | None = None
         self._draining = False
         self._idle = asyncio.Event()
@@ -100,7 +97,7 @@ class EngineClient:
 
     def _replica(self, index: int, stall_timeout: float) -> Replica:
         engines = self._queue.engines
-        config = self._config if index == 0 else replace(self._config, progress_bars=False)
+        config = self.config if index == 0 else replace(self.config, progress_bars=False)
         return Replica(
             Start(config, index, len(engines)),
             engines[index],
@@ -114,7 +111,7 @@ class EngineClient:
     async def start(
         cls,
         config: EngineConfig,
-        limits: QueueLimits = _NO_LIMITS,
+        limits: QueueLimits = NO_LIMITS,
         *,
         name: str = "engine",
         engines: int = 1,
@@ -127,7 +124,7 @@ class EngineClient:
         _check_engines(engines)
         client = cls(config, limits, name, stall_timeout, engines)
         starting = [asyncio.create_task(replica.start()) for replica in client.replicas]
-        client.model.foresee()
+        client._foresee()
         try:
             await asyncio.gather(*starting)
         except BaseException:
@@ -136,18 +133,8 @@ class EngineClient:
             await asyncio.gather(*starting, return_exceptions=True)
             await client.close()
             raise
-        client.model.started = True
+        client._started = True
         return client
-
-    @property
-    def info(self) -> EngineInfo:
-        """What its engines are, once one of them is there."""
-        return self.model.info
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """Of its texts; None where the model has none."""
-        return self.model.tokenizer
 
     @property
     def ready(self) -> bool:
@@ -169,87 +156,51 @@ class EngineClient:
         total = EngineStats.total([replica.stats() for replica in self.replicas])
         return replace(total, waiting=total.waiting + self.num_queued)
 
-    async def generate(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        *,
-        stream: bool = True,
-        priority: int = 0,
-        queue_timeout: float | None = None,
-        salt: str | None = None,
-    ) -> AsyncGenerator[Progress, None]:
-        """Complete a prompt, text or token ids. Closing the generator withdraws the request.
-
-        Each progress has what is new since the last one; without `stream` there is one, the finished one.
-        `priority`: 1 is the highest, larger ones come later, 0 stands between 1 and 2. `queue_timeout`: seconds
-        that it may wait before it is begun, if that is less than the engine's own limit. `salt`: the request's own
-        `cache_salt`.
-
-        Raises InvalidRequestError, QueueError where it cannot be begun in time, EngineClosedError where no new
-        requests are taken, and EngineError where the process died.
-        """
-        options: dict[str, Any] = {"stream": stream, "priority": priority, "queue_timeout": queue_timeout}
-        ticket = await self.submit(prompt, params, salt=salt, **options)
-        try:
-            while True:
-                progress = await ticket.read()
-                yield progress
-                if progress.finished:
-                    return
-        finally:
-            self.withdraw(ticket)
-
     async def submit(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
+        queueing: Queueing = DEFAULT_QUEUEING,
         *,
         stream: bool = True,
-        priority: int = 0,
-        queue_timeout: float | None = None,
-        salt: str | None = None,
         listener: Callable[[], None] | None = None,
     ) -> Ticket:
-        """Queue a request; what comes of it is taken from its ticket, whose `listener` hears of it.
+        """Queue a prompt, text or token ids, to be completed. What comes of it is taken from its ticket.
 
-        `withdraw` is to be called at its end. Arguments and errors are those of `generate`, but for an engine's death,
-        which the ticket raises.
+        Each progress has what is new since the last one; without `stream` there is one, the finished one. `listener`
+        hears of it. `withdraw` is to be called at its end.
+
+        Raises InvalidRequestError, QueueError where it cannot be begun in time, and EngineClosedError where no new
+        requests are taken. The ticket raises these too, and EngineError where the process died.
         """
-        self._intake.check(params)
-        salt = cache_salt(salt)
-        self.check_wait(priority, queue_timeout)
-        with self.counting_refusals(priority):
-            ticket = await self._intake.ticket(prompt, params, stream=stream, priority=priority, salt=salt)
+        self._check(params)
+        self.check_wait(queueing)
+        with self.counting_refusals(queueing.priority):
+            ticket = await self._ticket(prompt, params, queueing, stream=stream)
         attach(ticket, params)
-        self._put(ticket, queue_timeout, listener)
+        self._put(ticket, queueing.timeout, listener)
         return ticket
 
     async def submit_text(
-        self,
-        request: Request,
-        *,
-        priority: int = 0,
-        queue_timeout: float | None = None,
-        listener: Callable[[], None] | None = None,
+        self, request: Request, queueing: Queueing = DEFAULT_QUEUEING, *, listener: Callable[[], None] | None = None
     ) -> Ticket:
         """Queue a text of which a vector or scores are to be made, as `request.pooling` says; else as `submit`."""
         assert request.pooling is not None, "it says what to make of the text"
         self.info.check_task(request.pooling)
-        self.check_wait(priority, queue_timeout)
-        ticket = await self._intake.text_ticket(request, priority)
+        self.check_wait(queueing)
+        ticket = await self._text_ticket(request, queueing)
         attach(ticket, request.pooling)
-        self._put(ticket, queue_timeout, listener)
+        self._put(ticket, queueing.timeout, listener)
         return ticket
 
     def estimated_wait(self, priority: int = 0) -> float | None:
         """Seconds until a request that came now would be begun; None while too little is measured."""
         return self._queue.estimated_wait(priority)
 
-    def check_wait(self, priority: int, queue_timeout: float | None) -> None:
+    def check_wait(self, queueing: Queueing) -> None:
         """QueueWaitError where a request would have to wait for longer than it may: to refuse it before any work."""
-        with self.counting_refusals(priority):
-            self._queue.check_wait(priority, self._timeout(queue_timeout))
+        with self.counting_refusals(queueing.priority):
+            self._queue.check_wait(queueing.priority, self._timeout(queueing.timeout))
 
     def _timeout(self, queue_timeout: float | None) -> float:
         """Seconds that a request may wait, 0 for ever: the least of its own limit and the engine's."""
@@ -270,29 +221,9 @@ class EngineClient:
         return error
 
     @property
-    def most_prompt_tokens(self) -> int:
-        """Longest prompt that is taken: one token at least must fit behind it, where any are generated."""
-        return self._intake.most_prompt_tokens
-
-    @property
-    def tool_call_parser(self) -> str:
-        """The option of the engine: how its model writes calls of tools."""
-        return self._config.tool_call_parser
-
-    @property
-    def reasoning_parser(self) -> str:
-        """The option of the engine: how its model marks its reasoning."""
-        return self._config.reasoning_parser
-
-    @property
     def max_text_bytes(self) -> int:
         """Of a text whose bytes say nothing of its tokens."""
         return self._limits.max_text_bytes
-
-    @property
-    def most_characters(self) -> int:
-        """Of a text that may fit a prompt; where its tokens do not say, the limit that stands in for them."""
-        return self._intake.most_characters
 
     async def tokenize(
         self, texts: Sequence[str], *, add_special_tokens: bool = True, tokenizer: Tokenizer | None = None
@@ -302,7 +233,7 @@ class EngineClient:
         TextTooLongError where one is longer than may be, most often without tokenizing it.
         """
         with self.counting_refusals():
-            return await self._intake.tokenize(texts, add_special_tokens=add_special_tokens, tokenizer=tokenizer)
+            return await self._encode(texts, add_special_tokens=add_special_tokens, tokenizer=tokenizer)
 
     def _put(self, ticket: Ticket, queue_timeout: float | None, listener: Callable[[], None] | None) -> None:
         if self._draining:
@@ -354,10 +285,6 @@ class EngineClient:
         for ticket in self._queue.assign_next():
             assert ticket.engine is not None, "it was assigned to one"
             self.replicas[ticket.engine.index].send(ticket)
-
-    async def prepare(self, replica: Replica, info: EngineInfo) -> None:
-        """Take in what an engine is that has loaded its model; load the tokenizer, once at the start."""
-        await self.model.take(replica, info)
 
     def engine_lost(self, index: int, tickets: list[Ticket], error: EngineError) -> None:
         """Requests that have begun get an error at once; the others go to another engine, where there are several."""

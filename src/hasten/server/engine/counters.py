@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from hasten.core.types import FinishReason
-from hasten.server.histogram import Histogram
+from hasten.server.exposition import Histogram
 
 if TYPE_CHECKING:
     from hasten.engine.block_watch import BlockTimes

@@ -1,22 +1,75 @@
 """What becomes of a prompt before it is queued: bounded, tokenized, and packed for the engine's process."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from operator import index
+from pathlib import Path
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import InvalidRequestError
 from hasten.core.types import PoolingParams, Request, SamplingParams
 from hasten.engine.text import Tokenizer
-from hasten.server.cache_salt import cache_salt
-from hasten.server.call import current_call
-from hasten.server.engine.loaded import LoadedModel
-from hasten.server.engine.queue import QueueLimits
-from hasten.server.engine.routing import prefixes_of
+from hasten.server.call import cache_salt, current_call
+from hasten.server.engine.assigned import prefixes_of
+from hasten.server.engine.queue import Queueing, QueueLimits
 from hasten.server.engine.ticket import Ticket
-from hasten.server.engine.wire import Add, framed
+from hasten.server.engine.wire import Add, EngineInfo, framed
 from hasten.server.tokenizing import check_entries, check_prompt_logprobs, check_words, tokenizing
+
+
+class LoadedModel:
+    """What the engines of one model have loaded: what they are, and the tokenizer of their texts.
+
+    Nothing is known until the first engine is there; `_foresee` begins to load the tokenizer before.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.info: EngineInfo
+        """What its engines are, which are alike: the cache's blocks are those of all."""
+        self.tokenizer: Tokenizer | None = None
+        """Of its texts; None where the model has none."""
+        self._started = False
+        """Whether all engines have been there: from then on each that comes is a new process of an old one."""
+        self._foreseen: tuple[str, asyncio.Task[Tokenizer]] | None = None
+        """A folder and the tokenizer in it, which is being loaded."""
+        self._taking = asyncio.Lock()
+        self._infos: dict[Hashable, EngineInfo] = {}
+
+    def _foresee(self) -> None:
+        """Begin to load the tokenizer of the model's folder, while the engines load the model."""
+        folder = self.config.tokenizer or self.config.model
+        if Path(folder, "tokenizer.json").is_file():
+            loading = asyncio.create_task(asyncio.to_thread(_tokenizer, folder))
+            loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever needs it asks
+            self._foreseen = (folder, loading)
+
+    async def prepare(self, engine: Hashable, info: EngineInfo) -> None:
+        """Take in what an engine is that has loaded its model, and load the tokenizer.
+
+        That is done once at the start, and anew for each new process.
+        """
+        async with self._taking:
+            if info.tokenizer_folder is not None and (self._started or self.tokenizer is None):
+                self.tokenizer = await self._load_tokenizer(info.tokenizer_folder)
+        self._infos[engine] = info
+        self.info = EngineInfo.of_all(list(self._infos.values()))
+
+    async def _load_tokenizer(self, folder: str) -> Tokenizer:
+        """The tokenizer that engines name, which is most often the foreseen one."""
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None and foreseen[0] == folder:
+            return await foreseen[1]
+        return await asyncio.to_thread(_tokenizer, folder)
+
+
+def _tokenizer(folder: str) -> Tokenizer:
+    """A folder's tokenizer, with what the first text would else wait for."""
+    tokenizer = Tokenizer.from_folder(folder)
+    _ = tokenizer.most_bytes_per_token
+    return tokenizer
+
 
 _SHORT_PROMPT = 256
 """Tokens of prompts of which a thousand may begin at once: it takes some ten milliseconds."""
@@ -28,59 +81,58 @@ _MOST_LOGPROBS = 1024
 """Of one token."""
 
 
-class Intake:
+class Intake(LoadedModel):
     """Makes tickets of requests to the `engines` engines of one model. QueueError where tokenizing has no room."""
 
-    def __init__(self, config: EngineConfig, limits: QueueLimits, model: LoadedModel, engines: int) -> None:
-        self._config = config
+    def __init__(self, config: EngineConfig, limits: QueueLimits, engines: int) -> None:
+        super().__init__(config)
         self._limits = limits
-        self._model = model
         self._engines = engines
         self._numbers = 0
         self._beginning = asyncio.Lock()
 
-    def check(self, params: SamplingParams) -> None:
+    def _check(self, params: SamplingParams) -> None:
         """InvalidRequestError where the model does not generate text, or each token would take long."""
-        self._model.info.check_task(params)
-        _check_sizes(params, self._model.info.vocab_size)
+        self.info.check_task(params)
+        _check_sizes(params, self.info.vocab_size)
 
-    async def ticket(
+    async def _ticket(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
+        queueing: Queueing,
         *,
         stream: bool,
-        priority: int,
-        salt: str,
     ) -> Ticket:
-        """A request for text that `check` let pass; see `EngineClient.submit`."""
-        info = self._model.info
+        """A request for text that `_check` let pass; see `EngineClient.submit`."""
+        info, salt = self.info, cache_salt(queueing.salt)
         tokens = await self._tokens(prompt)
         check_prompt_logprobs(len(tokens), params.prompt_logprobs, info.vocab_size)
         params = await self._without_words(params)
-        number = self._next_number(priority)
+        number = self._next_number(queueing.priority)
         frame = _frame(Add(number, tokens, params, stream, cache_salt=salt))
         most = params.max_length(len(tokens), info.max_model_len) - len(tokens)
         width = max(params.n, params.beam_width)
         prefixes = self._prefixes(tokens, params, salt)
-        return Ticket(number, tokens, width, frame, priority, most, _may_stop(params), prefixes=prefixes)
+        priority, may_stop = queueing.priority, _may_stop(params)
+        return Ticket(number, tokens, width, frame, priority, most, may_stop, prefixes=prefixes)
 
-    async def text_ticket(self, request: Request, priority: int) -> Ticket:
+    async def _text_ticket(self, request: Request, queueing: Queueing) -> Ticket:
         """A text of which a vector or scores are to be made."""
         assert request.pooling is not None, "it says what to make of the text"
         tokens = request.prompt_token_ids
         self._check_length(tokens)
         await self._spread(len(tokens))
-        number = self._next_number(priority)
+        number = self._next_number(queueing.priority)
         extra = request.token_type_ids, request.skipped_tokens, request.masks
         message = Add(number, tokens, None, False, request.pooling, *extra)
-        message.cache_salt = cache_salt(None)
-        return Ticket(number, tokens, 1, _frame(message), priority)
+        message.cache_salt = cache_salt(queueing.salt)
+        return Ticket(number, tokens, 1, _frame(message), queueing.priority)
 
     @property
     def most_prompt_tokens(self) -> int:
         """Longest prompt that is taken: one token at least must fit behind it, where any are generated."""
-        info = self._model.info
+        info = self.info
         most = info.max_model_len - (1 if info.pooling is None else 0)
         limit = self._limits.max_prompt_tokens
         return most if limit is None else min(most, limit)
@@ -88,15 +140,15 @@ class Intake:
     @property
     def most_characters(self) -> int:
         """Of a text that may fit a prompt; where its tokens do not say, the limit that stands in for them."""
-        tokenizer = self._model.tokenizer
+        tokenizer = self.tokenizer
         each = None if tokenizer is None else tokenizer.most_bytes_per_token
         return self._limits.max_text_bytes if each is None else self.most_prompt_tokens * each
 
-    async def tokenize(
+    async def _encode(
         self, texts: Sequence[str], *, add_special_tokens: bool = True, tokenizer: Tokenizer | None = None
     ) -> list[list[int]]:
         """See `EngineClient.tokenize`."""
-        tokenizer = tokenizer or self._model.tokenizer
+        tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise InvalidRequestError("the model has no tokenizer; send token ids, or start it with --tokenizer-path")
         return await tokenizing.encode(
@@ -109,7 +161,7 @@ class Intake:
 
     async def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            (ids,) = await self.tokenize([prompt])
+            (ids,) = await self._encode([prompt])
             return tuple(ids)
         try:
             self._check_length(prompt)
@@ -130,7 +182,7 @@ class Intake:
 
     async def _without_words(self, params: SamplingParams) -> SamplingParams:
         """The same with bad words as tokens: the engine would tokenize them between two steps."""
-        tokenizer = self._model.tokenizer
+        tokenizer = self.tokenizer
         if not params.bad_words or tokenizer is None:
             return params
 
@@ -148,8 +200,8 @@ class Intake:
 
     def _prefixes(self, tokens: tuple[int, ...], params: SamplingParams, salt: str) -> tuple[int, ...]:
         """What decides between engines: nothing for one, or for a prompt that no engine takes from its cache."""
-        cached = self._config.cache.enable_prefix_caching and params.prompt_logprobs is None
-        return prefixes_of(tokens, self._model.info.block_size, salt) if cached and self._engines > 1 else ()
+        cached = self.config.cache.enable_prefix_caching and params.prompt_logprobs is None
+        return prefixes_of(tokens, self.info.block_size, salt) if cached and self._engines > 1 else ()
 
 
 def attach(ticket: Ticket, params: SamplingParams | PoolingParams) -> None:

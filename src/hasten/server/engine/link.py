@@ -14,7 +14,7 @@ import msgspec
 from hasten.core.errors import EngineError, HastenError, error_of
 from hasten.server.engine import spawned as engine_processes
 from hasten.server.engine.wire import Acknowledge, EngineInfo, Frames, FromEngine, Ready, Start, Step, framed
-from hasten.server.histogram import Histogram
+from hasten.server.exposition import Histogram
 
 _LEAVE_S = 5.0
 """How long a process that is to end, or has closed its end, may take to leave, on a busy machine too."""

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from hasten.core.errors import HastenError
-from hasten.server.engine.assigned import AssignedRequests
-from hasten.server.engine.routing import choose
+from hasten.server.engine.assigned import AssignedRequests, choose
 from hasten.server.engine.ticket import Ticket, rank_of
 from hasten.server.engine.wait import MOST_SIMULATED
 from hasten.server.options import SecurityOptions
@@ -42,6 +41,21 @@ class QueueWaitError(QueueError):
 
 QUEUE_REASONS = tuple(kind.reason for kind in (QueueFullError, QueueTimeoutError, QueueWaitError))
 """Why the queue refuses requests, or gives them up."""
+
+
+@dataclass(frozen=True)
+class Queueing:
+    """How a request waits, and what its prompt is kept apart by."""
+
+    priority: int = 0
+    """1 is the highest, larger ones come later, 0 stands between 1 and 2."""
+    timeout: float | None = None
+    """Seconds that it may wait before it is begun, if that is less than the engine's own limit."""
+    salt: str | None = None
+    """Its own `cache_salt`."""
+
+
+DEFAULT_QUEUEING = Queueing()
 
 
 @dataclass(frozen=True)

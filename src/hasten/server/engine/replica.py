@@ -4,45 +4,22 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from hasten.core.errors import EngineError, HastenError, error_of
+from hasten.core.errors import EngineError, error_of
 from hasten.engine.stats import EngineStats
 from hasten.server.engine.assigned import AssignedRequests
-from hasten.server.engine.counters import EngineCounters, LanguageCounters
+from hasten.server.engine.counters import EngineCounters
 from hasten.server.engine.link import Delivery, EngineLink
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wire import Abort, EngineInfo, Expire, Output, Start, Step
 
+if TYPE_CHECKING:
+    from hasten.server.engine.client import EngineClient
+
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
 """Before a dead process is started again: doubled each time, from the start again once it has lived for the longest."""
 _log = logging.getLogger(__name__)
-
-
-class Owner(Protocol):
-    """Who queues a model's requests, as its engines see it."""
-
-    async def prepare(self, replica: "Replica", info: EngineInfo) -> None:
-        """Get ready for an engine's process that has loaded its model and is about to get requests."""
-
-    @property
-    def counters(self) -> LanguageCounters:
-        """What its requests are counted by."""
-
-    def engine_changed(self) -> None:
-        """An engine may take requests that wait, or has fewer."""
-
-    def engine_lost(self, index: int, tickets: list[Ticket], error: EngineError) -> None:
-        """Engine `index` no longer has these requests: its process died."""
-
-    def engine_stalled(self, replica: "Replica") -> None:
-        """An engine has requests and has computed no step for a while."""
-
-    def end(self, ticket: Ticket, error: HastenError) -> None:
-        """End a request with an error."""
-
-    def end_late(self, ticket: Ticket) -> None:
-        """End a request that was not begun in time."""
 
 
 class Replica:
@@ -52,7 +29,7 @@ class Replica:
         self,
         start: Start,
         requests: AssignedRequests,
-        owner: Owner,
+        owner: "EngineClient",
         *,
         name: str,
         stall_timeout: float,

@@ -142,9 +142,10 @@ def _check_types(config: model_config_pb2.ModelConfig, models: Models) -> None:
 
 def _queueing(work: Work) -> dict[str, Parameter]:
     """How a step waits, and what its prompts are kept apart by: as the whole does."""
-    parameters: dict[str, Parameter] = {"priority": work.priority} if work.priority else {}
-    parameters |= {} if work.cache_salt is None else {"cache_salt": work.cache_salt}
-    return parameters if work.queue_timeout is None else {**parameters, "timeout": round(work.queue_timeout * 1e6)}
+    wait = work.queueing
+    parameters: dict[str, Parameter] = {"priority": wait.priority} if wait.priority else {}
+    parameters |= {} if wait.salt is None else {"cache_salt": wait.salt}
+    return parameters if wait.timeout is None else {**parameters, "timeout": round(wait.timeout * 1e6)}
 
 
 def _renamed(tensor: Tensor, name: str) -> Tensor:

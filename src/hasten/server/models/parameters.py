@@ -126,13 +126,11 @@ def token_model_of(config: model_config_pb2.ModelConfig) -> str:
     return "" if kind in (Kind.TOKEN, Kind.ENSEMBLE) else parameter(config, TOKEN_MODEL, default)
 
 
-def queue_limits(config: model_config_pb2.ModelConfig) -> QueueLimits:
-    """What `dynamic_batching.default_queue_policy` says of the queue."""
+def queue_limits(config: model_config_pb2.ModelConfig, limits: QueueLimits) -> QueueLimits:
+    """Limits with what `dynamic_batching.default_queue_policy` says of the queue."""
     policy = config.dynamic_batching.default_queue_policy
-    microseconds = policy.default_timeout_microseconds
-    return QueueLimits(
-        max_queue_size=policy.max_queue_size, default_timeout=microseconds / 1e6 if microseconds else None
-    )
+    seconds = policy.default_timeout_microseconds / 1e6 or None
+    return dataclasses.replace(limits, max_queue_size=policy.max_queue_size, default_timeout=seconds)
 
 
 def option_hints() -> dict[str, Any]:

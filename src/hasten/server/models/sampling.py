@@ -11,14 +11,6 @@ from hasten.server.tokenizing import check_entries
 from hasten.server.types import invalid
 
 
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, str) else value
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
-
-
 def _flag(value: Any) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
@@ -31,10 +23,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError
     return value
-
-
-def _schema(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else _text(value)
 
 
 def _list_of(kind: type) -> Callable[[Any], Any]:
@@ -68,10 +56,6 @@ def _runs(value: Any) -> Any:
     return [tokens(run) for run in value] if isinstance(value, list) else tokens(None)
 
 
-def _biases(value: Any) -> dict[int, Any]:
-    return {int(token): bias for token, bias in _object(value).items()}
-
-
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError
@@ -79,21 +63,21 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 _READERS: Mapping[Kind, Callable[[Any], Any]] = {
-    Kind.WHOLE: _whole,
-    Kind.NUMBER: _number,
+    Kind.WHOLE: lambda value: int(value) if isinstance(value, str) else value,
+    Kind.NUMBER: lambda value: float(value) if isinstance(value, str) else value,
     Kind.FLAG: _flag,
     Kind.TEXT: _text,
     Kind.TEXTS: _list_of(str),
     Kind.TOKENS: _from_json(_list_of(int)),
     Kind.RUNS: _from_json(_runs),
-    Kind.BIASES: _from_json(_biases),
+    Kind.BIASES: _from_json(lambda value: {int(token): bias for token, bias in _object(value).items()}),
     Kind.STRUCTURED: _from_json(_object),
 }
 """How values of each kind are read: numbers may be written as text, as vLLM's are."""
 
 _READERS_OF: Mapping[str, Callable[[Any], Any]] = {
     **{name: _READERS[kind] for name, kind in KINDS.items()},
-    "json_schema": _schema,
+    "json_schema": lambda value: json.dumps(value) if isinstance(value, dict) else _text(value),
     "choice": _choice,
 }
 

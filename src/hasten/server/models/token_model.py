@@ -1,27 +1,148 @@
 """The token model: FasterTransformer's tensors in front of an engine of its own.
 
-The items of a batch are requests of their own to the engine, so how long one is or takes is nothing to the others.
-A decoupled model sends with each response all that there is so far.
+The items of a batch are requests of their own to the engine, so how long one is or takes is nothing to the others. A
+decoupled model sends with each response all that there is so far.
+
+Outputs are filled as tokens come. output_ids [batch, beam, longest]: prompt and generated tokens, of an encoder-decoder
+generated ones alone, then the item's end_id. sequence_length, of these tokens, and response_input_lengths [batch,
+beam]. cum_log_probs [batch, beam] and output_log_probs [batch, beam, most generated], 0 behind the end, where log-
+probabilities are asked for.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence, Set
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 
-from hasten.core.types import SamplingParams
+from hasten.core.types import FinishReason
 from hasten.server.by_size import by_size
-from hasten.server.engine.client import EngineClient, Progress
+from hasten.server.engine.client import CompletionDelta, EngineClient, Progress
+from hasten.server.engine.group import RequestGroup
 from hasten.server.models.config import interface_of, is_decoupled, parameter
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, INPUT_NAMES, Kind
 from hasten.server.models.model import EngineModel
-from hasten.server.models.token_inputs import Item, TokenRequest, read_items
-from hasten.server.models.token_outputs import BatchOutput
+from hasten.server.models.token_inputs import TokenRequest, read_items
 from hasten.server.models.work import Outcome, Work
-from hasten.server.together import together, whenever
-from hasten.server.types import Tensor
+from hasten.server.types import ErrorKind, ServiceError, Tensor
+
+_ROOM = 64
+"""Tokens behind the longest prompt that there is memory for at first; doubled as often as need be."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The outputs of a batch as of one moment. Its arrays may be read while further tokens are added behind it."""
+
+    request: TokenRequest
+    prompt_lengths: NDArray[np.int32]
+    """[batch, beam]."""
+    lengths: NDArray[np.uint32]
+    """[batch, beam]: of prompt and generated tokens."""
+    ids: NDArray[np.uint32]
+    """[batch, beam, at least the longest]."""
+    cumulative: NDArray[np.float64]
+    """[batch, beam]: sums of log-probabilities."""
+    log_probs: NDArray[np.float32]
+    """[batch, beam, at least the most generated]."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its largest tensor."""
+        return self.lengths.size * int(self.lengths.max()) * self.ids.itemsize
+
+    def tensors(self, names: Set[str]) -> list[Tensor]:
+        """The outputs with these names."""
+        tensors = [
+            Tensor.of("output_ids", "UINT32", self._output_ids()),
+            Tensor.of("sequence_length", "UINT32", self.lengths),
+            Tensor.of("response_input_lengths", "INT32", self.prompt_lengths),
+        ]
+        if self.request.log_probs:
+            tensors += [
+                Tensor.of("cum_log_probs", "FP32", self.cumulative.astype(np.float32)),
+                Tensor.of("output_log_probs", "FP32", self._output_log_probs()),
+            ]
+        return [tensor for tensor in tensors if tensor.name in names]
+
+    def _output_ids(self) -> NDArray[np.uint32]:
+        end_ids = np.array([item.end_id for item in self.request.items], np.uint32)
+        return _behind(self.ids, self.lengths, end_ids[:, np.newaxis, np.newaxis])
+
+    def _output_log_probs(self) -> NDArray[np.float32]:
+        return _behind(self.log_probs, self.lengths - self.prompt_lengths, np.zeros((), np.float32))
+
+
+def _behind(rows: NDArray[Any], lengths: NDArray[Any], filler: NDArray[Any]) -> NDArray[Any]:
+    """Rows [batch, beam, any] up to the longest of them, filled behind each one's own length."""
+    longest = int(lengths.max())
+    return np.where(np.arange(longest) < lengths[:, :, np.newaxis], rows[:, :, :longest], filler)
+
+
+class BatchOutput:
+    """What has become of a batch so far. Arrays only ever grow behind what a snapshot has."""
+
+    def __init__(self, request: TokenRequest, *, with_prompts: bool = True) -> None:
+        """`with_prompts`: whether outputs begin with their prompts."""
+        self._request = request
+        beams = (len(request.items), request.beam_width)
+        prompts = [item.prompt if with_prompts else [] for item in request.items]
+        lengths = np.array(list(map(len, prompts)))
+        self._prompt_lengths = np.repeat(lengths[:, np.newaxis].astype(np.int32), request.beam_width, axis=1)
+        self._lengths = self._prompt_lengths.astype(np.uint32)
+        self._ids = np.zeros((*beams, int(lengths.max()) + _ROOM), np.uint32)
+        for row, prompt in zip(self._ids, prompts, strict=True):
+            row[:, : len(prompt)] = prompt
+        self._cumulative = np.zeros(beams)
+        self._log_probs = np.zeros((*beams, _ROOM), np.float32)
+
+    def take(self, item: int, delta: CompletionDelta) -> None:
+        """Add what is new of one beam of an item; ServiceError if it cannot be continued."""
+        if delta.finish_reason is FinishReason.ERROR:
+            raise ServiceError(ErrorKind.INTERNAL, f"the prompt could not be continued: {delta.stop_reason}")
+        beam = item, delta.index
+        begin = int(self._lengths[beam])
+        end = begin + len(delta.token_ids)
+        self._ids = _with_room(self._ids, end)
+        self._ids[beam][begin:end] = delta.token_ids
+        if delta.cumulative_logprob is not None:
+            self._cumulative[beam] = delta.cumulative_logprob
+        if delta.logprobs is not None:
+            pairs = zip(delta.token_ids, delta.logprobs, strict=True)
+            self._add_log_probs(beam, begin, [entry[token].logprob for token, entry in pairs])
+        if delta.token_logprobs is not None and self._request.log_probs:
+            self._add_log_probs(beam, begin, delta.token_logprobs)
+        self._lengths[beam] = end
+
+    def _add_log_probs(self, beam: tuple[int, int], begin: int, log_probs: Sequence[float]) -> None:
+        at = begin - int(self._prompt_lengths[beam])
+        self._log_probs = _with_room(self._log_probs, at + len(log_probs))
+        self._log_probs[beam][at : at + len(log_probs)] = log_probs
+
+    def snapshot(self) -> Snapshot:
+        """What there is now."""
+        return Snapshot(
+            self._request,
+            self._prompt_lengths,
+            self._lengths.copy(),
+            self._ids,
+            self._cumulative.copy(),
+            self._log_probs,
+        )
+
+
+def _with_room(rows: NDArray[Any], length: int) -> NDArray[Any]:
+    """Rows of at least this length: the same, or a copy of twice the length."""
+    if rows.shape[2] >= length:
+        return rows
+    grown = np.zeros((*rows.shape[:2], max(length, 2 * rows.shape[2])), rows.dtype)
+    grown[:, :, : rows.shape[2]] = rows
+    return grown
+
 
 _ITEM_BYTES = 1024
 """Of its tensors: what reading an item costs, in bytes of copying (about 50 us)."""
@@ -43,44 +164,24 @@ class TokenModel(EngineModel):
         size = sum(tensor.data.nbytes for tensor in work.inputs.values()) + _ITEM_BYTES * work.batch_size
         request, output = await by_size(size, self._read, work)
         work.clock.prepare()
-        changed = asyncio.Event()
-        all_items = self._follow_all(request, output, changed, work)
-        if not self._decoupled:
-            await all_items
-            work.clock.compute()
-            yield await self._outcome(output, work, final=True)
-            return
-        async with aclosing(whenever(changed, all_items)) as moments:
-            async for done in moments:
-                work.clock.compute()
-                yield await self._outcome(output, work, final=done)
+        submit = partial(self.engine.submit, queueing=work.queueing, stream=self._decoupled)
+        with closing(RequestGroup(self.engine)) as requests:
+            await requests.submit([partial(submit, item.prompt, item.params) for item in request.items])
+            while requests.unfinished:
+                news: tuple[int, Progress] | None = await requests.read()
+                while news is not None:  # all that came while the last response was made is one response
+                    index, progress = news
+                    work.clock.wait(progress.queue_seconds)
+                    for delta in progress.completions:
+                        output.take(index, delta)
+                    news = requests.take()
+                if self._decoupled or not requests.unfinished:
+                    work.clock.compute()
+                    yield await self._outcome(output, work, final=not requests.unfinished)
 
     def _read(self, work: Work) -> tuple[TokenRequest, BatchOutput]:
         request = read_items(work, self.engine.info, self._names)
         return request, BatchOutput(request, with_prompts=self._with_prompts)
-
-    async def _follow_all(self, request: TokenRequest, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
-        items = list(enumerate(request.items))
-        await together([self._follow(item, index, output, changed, work) for index, item in items])
-
-    async def _follow(self, item: Item, index: int, output: BatchOutput, changed: asyncio.Event, work: Work) -> None:
-        """Put what becomes known of one item into the batch's output."""
-        async with aclosing(self._generate(item.prompt, item.params, work)) as progresses:
-            async for progress in progresses:
-                work.clock.wait(progress.queue_seconds)
-                for delta in progress.completions:
-                    output.take(index, delta)
-                changed.set()
-
-    def _generate(self, prompt: list[int], params: SamplingParams, work: Work) -> AsyncGenerator[Progress, None]:
-        return self.engine.generate(
-            prompt,
-            params,
-            stream=self._decoupled,
-            priority=work.priority,
-            queue_timeout=work.queue_timeout,
-            salt=work.cache_salt,
-        )
 
     async def _outcome(self, output: BatchOutput, work: Work, *, final: bool) -> Outcome:
         now = output.snapshot()

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from tritonclient.grpc import model_config_pb2
 
+from hasten.server.engine.queue import Queueing
 from hasten.server.models.config import kind_of
 from hasten.server.models.interfaces import TEXT_KINDS, datatype_name
 from hasten.server.models.work import Work
@@ -70,9 +71,7 @@ class Rules:
             batch_size=1 if added else batch_size,
             outputs=frozenset(output.name for output in request.outputs) or frozenset(self.outputs),
             parameters=own,
-            priority=self._priority(request.parameters),
-            queue_timeout=self._timeout(request.parameters),
-            cache_salt=_salt(request.parameters),
+            queueing=self._queueing(request.parameters),
         )
 
     def _unique(self, request: InferRequest) -> dict[str, Tensor]:
@@ -172,30 +171,22 @@ class Rules:
         where = f"input byte size mismatch for input '{tensor.name}' for model '{self.name}'"
         return f"{where}. Expected {expected}, got {got}"
 
-    def _priority(self, parameters: Mapping[str, Parameter]) -> int:
-        """As the engine has it. With priority_levels, what is none of them is the default one."""
-        priority = int(parameters.get("priority", 0))
-        if self._levels and not 1 <= priority <= self._levels:
-            return self._default_level
-        return priority
+    def _queueing(self, parameters: Mapping[str, Parameter]) -> Queueing:
+        """How the engine lets it wait: with priority_levels, what is none of them is the default one.
 
-    def _timeout(self, parameters: Mapping[str, Parameter]) -> float | None:
-        """Seconds that the request may wait, None for the engine's default. It can shorten that, if at all."""
-        timeout = int(parameters.get("timeout", 0))
-        if timeout <= 0 or not self._may_override:
-            return None
-        return min(timeout, self._default_timeout or timeout) / 1e6
+        Its timeout, in microseconds, can shorten the engine's, if it counts at all.
+        """
+        priority, timeout = (int(parameters.get(name, 0)) for name in _NOT_NEGATIVE)
+        if self._levels and not 1 <= priority <= self._levels:
+            priority = self._default_level
+        seconds = min(timeout, self._default_timeout or timeout) / 1e6 if timeout > 0 and self._may_override else None
+        salt = parameters.get("cache_salt")
+        return Queueing(priority, seconds, salt if isinstance(salt, str) else None)
 
 
 def _without_batch(tensor: Tensor) -> Tensor:
     data = tensor.data[0] if tensor.data.shape == tensor.shape else tensor.data
     return Tensor(tensor.name, tensor.datatype, tensor.shape[1:], data)
-
-
-def _salt(parameters: Mapping[str, Parameter]) -> str | None:
-    """What the request's prompts are kept apart by in the prefix cache."""
-    value = parameters.get("cache_salt")
-    return value if isinstance(value, str) else None
 
 
 def _quoted(names: Iterable[str]) -> str:

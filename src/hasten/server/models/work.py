@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.core.sampling import RULES
+from hasten.server.engine.queue import DEFAULT_QUEUEING, Queueing
 from hasten.server.types import Parameter, Tensor, invalid
 
 Item_co = TypeVar("Item_co", covariant=True)
@@ -61,11 +62,7 @@ class Work:
     """Names of the outputs that are asked for."""
     parameters: Mapping[str, Parameter]
     """Those that are the model's own."""
-    priority: int = 0
-    queue_timeout: float | None = None
-    """Seconds that it may wait; None: as long as the engine lets it."""
-    cache_salt: str | None = None
-    """What its prompts are kept apart by in the prefix cache; None: by its API key alone."""
+    queueing: Queueing = DEFAULT_QUEUEING
     clock: Clock = field(default_factory=Clock)
 
     def flag(self, name: str, default: bool = False) -> bool:

@@ -33,15 +33,13 @@ class Usage:
     _times: list[dict[str, float | None]] = field(default_factory=list)
     """Of each prompt that ended."""
 
-    def count(self, progress: Progress) -> None:
-        """Add the tokens of one progress."""
+    def count(self, progress: Progress, ticket: Ticket | None = None) -> None:
+        """Add the tokens of one progress of a prompt, and the times of one that has ended just now."""
         self.prompt_tokens += len(progress.prompt_token_ids)
         if not self.prompts_only:
             self.completion_tokens += progress.tokens
-
-    def finish(self, ticket: Ticket) -> None:
-        """Take down the times of a prompt that has ended just now."""
-        self._times.append(_times(ticket, time.monotonic()))
+        if progress.finished and ticket is not None:
+            self._times.append(_times(ticket, time.monotonic()))
 
     def metrics(self, params: SamplingParams) -> dict[str, float | None] | None:
         """Times of the request, by vLLM's names; None where they are those of several completions."""

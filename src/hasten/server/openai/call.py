@@ -1,21 +1,135 @@
-"""One request of OpenAI's API on its way: from its prompts to its answer, whole or as events."""
+"""One request of OpenAI's API on its way: from its prompts to its answer, whole or as events.
+
+Events are written by the callback that the engine's step comes with, so an event costs no switch to a task. What comes
+while the client is behind, or while a large event is made beside the event loop, is joined by the prompts' tickets.
+"""
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hasten.core.errors import HastenError
 from hasten.core.types import SamplingParams
-from hasten.server.by_size import by_size
+from hasten.server.by_size import SMALL, by_size
 from hasten.server.engine.client import Progress
+from hasten.server.engine.group import RequestGroup
+from hasten.server.engine.queue import DEFAULT_QUEUEING, Queueing
 from hasten.server.openai.answer import AnswerForm, Usage, check_completions
-from hasten.server.openai.choices import Choice, Choices
-from hasten.server.openai.events import CallEvents
-from hasten.server.openai.models import Found
+from hasten.server.openai.choices import ChatChoices, Choice, Choices
+from hasten.server.openai.errors import checked_queueing, json_response
+from hasten.server.openai.models import Found, ModelFinder
+from hasten.server.openai.params import chat_params, check_chat
+from hasten.server.openai.prompts import ChatPrompts
 from hasten.server.openai.reading import AnswerReading
-from hasten.server.openai.requests import PromptRequests
-from hasten.server.openai.types import GenerationRequest
+from hasten.server.openai.types import ChatRequest, GenerationRequest
+from hasten.server.sse import BodyWriter, EventStream, unless_gone
+
+
+class CallEvents:
+    """See Events."""
+
+    def __init__(self, call: "Call") -> None:
+        self._call = call
+        self._usage = Usage(prompts_only=call.prompts_only)
+        self._requests = call.requests(self._usage, stream=True)
+        self._body: BodyWriter
+        self._ended: asyncio.Future[None]
+        """Comes with the last event."""
+        self._paused = False
+        """Whether nothing may be written now, although the client is not behind."""
+        self._room = SMALL
+        """Bytes to look at before others have a turn of the event loop."""
+        self._large: asyncio.Task[None] | None = None
+
+    async def first(self) -> bytes:
+        """See Events."""
+        await self._call.submit(self._requests, stream=True)
+        while True:
+            with self._call.naming_errors():
+                number, progress = await self._requests.read()
+            if events := await by_size(progress.size, self._events, number, progress):
+                return events
+
+    def _events(self, number: int, progress: Progress) -> bytes:
+        """What is new of a prompt; the last ones go with the end of the answer."""
+        events = self._call.form.events(self._call.taken(number, progress, self._usage), self._usage)
+        return events if self._requests.unfinished else events + self._call.form.end(self._usage)
+
+    async def write(self, body: BodyWriter) -> None:
+        """See Events."""
+        if self._requests.unfinished == 0:
+            return
+        self._body, self._ended = body, asyncio.get_running_loop().create_future()
+        self._requests.listener = self._flush
+        body.listen(self._flush)
+        try:
+            self._flush()
+            await self._ended
+        finally:
+            body.listen(None)
+
+    def _flush(self) -> None:
+        """Write what there is. Errors end the answer: whoever calls this has nothing to do with it."""
+        try:
+            while self._requests.news and not self._paused and self._body.writable:
+                if (taken := self._requests.take()) is not None:
+                    self._write(*taken)
+        except Exception as error:
+            self._fail(error)
+
+    def _write(self, number: int, progress: Progress) -> None:
+        size = progress.size
+        if size > SMALL:
+            self._paused = True
+            self._large = asyncio.create_task(self._write_large(number, progress))
+            return
+        self._put(self._events(number, progress))
+        self._room -= size
+        if self._room < 0:
+            self._paused = True
+            asyncio.get_running_loop().call_soon(self._resume)
+
+    async def _write_large(self, number: int, progress: Progress) -> None:
+        try:
+            events = await by_size(progress.size, self._events, number, progress)
+        except Exception as error:
+            self._fail(error)
+            return
+        self._put(events)
+        self._resume()
+
+    def _put(self, events: bytes) -> None:
+        self._body.write(events)
+        if self._requests.unfinished == 0 and not self._ended.done():
+            self._ended.set_result(None)
+
+    def _resume(self) -> None:
+        self._paused, self._room = False, SMALL
+        self._flush()
+
+    def _fail(self, error: Exception) -> None:
+        """End the answer: with an event where the error is foreseen, else by raising it from `write`."""
+        if self._ended.done():
+            return
+        self._paused = True
+        if isinstance(error, HastenError):
+            self._body.write(self._call.form.error(error))
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
+
+    async def close(self) -> None:
+        """See Events."""
+        self._paused = True
+        self._requests.close()
+        if self._large is not None:
+            self._large.cancel()
+            await asyncio.gather(self._large, return_exceptions=True)
 
 
 @dataclass
@@ -28,8 +142,7 @@ class Call:
     params: SamplingParams
     choices: Choices
     form: AnswerForm
-    queue_timeout: float | None = None
-    """Seconds that its prompts may wait before they are begun; None: as long as the engine lets them."""
+    queueing: Queueing = DEFAULT_QUEUEING
     prompts_only: bool = False
     """Whether prompts are to be given back and nothing is to follow them."""
     reading: AnswerReading | None = None
@@ -42,17 +155,14 @@ class Call:
     async def answer(self) -> bytes:
         """The whole answer."""
         usage, found, size = Usage(prompts_only=self.prompts_only), list[Choice](), 0
-        requests = self.requests(usage, stream=False)
-        try:
-            await self.submit(requests)
+        with closing(self.requests(usage, stream=False)) as requests:
+            await self.submit(requests, stream=False)
             while requests.unfinished:
                 with self.naming_errors():
                     number, progress = await requests.read()
                 size += progress.size
                 found += await by_size(progress.size, self._used_up, number, progress, usage)
                 await asyncio.sleep(0)  # all that have ended would be looked at in one turn of the event loop
-        finally:
-            requests.close()
         return await by_size(size, self.form.whole, found, usage)
 
     def _used_up(self, number: int, progress: Progress, usage: Usage) -> Sequence[Choice]:
@@ -73,12 +183,51 @@ class Call:
         usage.reasoning_tokens = self.choices.reasoning_tokens
         return choices
 
-    def requests(self, usage: Usage, *, stream: bool) -> PromptRequests:
+    def requests(self, usage: Usage, *, stream: bool) -> RequestGroup:
         """Its requests of the engine, whose tokens are added to `usage`; `submit` queues them."""
-        return PromptRequests(self.model.client, usage, stream=stream, tally=self.model.tally(len(self.prompts)))
+        return RequestGroup(self.model.client, usage, self.model.tally(len(self.prompts), stream=stream))
 
-    async def submit(self, requests: PromptRequests) -> None:
+    async def submit(self, requests: RequestGroup, *, stream: bool) -> None:
         """Queue its prompts."""
-        body = self.request
-        options: dict[str, Any] = {"queue_timeout": self.queue_timeout, "salt": body.cache_salt}
-        await requests.submit(self.prompts, self.params, priority=body.priority or 0, **options)
+        submit = partial(self.model.client.submit, params=self.params, queueing=self.queueing, stream=stream)
+        await requests.submit([partial(submit, prompt) for prompt in self.prompts])
+
+
+Form = Callable[[SamplingParams], AnswerForm]
+"""How the answer to a request with these parameters is written."""
+Check = Callable[[AnswerReading | None], None]
+"""Raises OpenAIError where an API cannot write what the answer may have."""
+
+
+class ChatCalls:
+    """Makes calls of chats."""
+
+    def __init__(self, models: ModelFinder, prompts: ChatPrompts) -> None:
+        self._models = models
+        self._prompts = prompts
+
+    async def answer(self, request: Request, body: ChatRequest, form: Form, check: Check = lambda _: None) -> Response:
+        """The answer to a chat, whole or as events."""
+        found = self._models.find_generator(body.model)
+        client = found.client
+        check_chat(body)
+        queueing = checked_queueing(request, client, body.priority, body.cache_salt)
+        tokens, reading = await self._prompts.chat(body, client)
+        check(reading)
+        params = chat_params(body, client.info.max_model_len - len(tokens), reading)
+        choices = ChatChoices(bool(body.stream), body.top_logprobs or 0, reading, params.skip_special_tokens)
+        call = Call(body, found, [tokens], params, choices, form(params), queueing, reading=reading)
+        return await respond(request, call)
+
+    async def prompt_tokens(self, body: ChatRequest) -> int:
+        """How many tokens the prompt of a chat has."""
+        client = self._models.find_generator(body.model).client
+        check_chat(body)
+        return len((await self._prompts.chat(body, client))[0])
+
+
+async def respond(request: Request, call: Call) -> Response:
+    """Run a call for as long as its client is there."""
+    if not call.request.stream:
+        return json_response(await unless_gone(request, call.answer()))
+    return await EventStream.of(request, call.events())

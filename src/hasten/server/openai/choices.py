@@ -1,8 +1,8 @@
 """What OpenAI's API answers: choices, whole or piece by piece, in the form of completions or of chats."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 
@@ -117,13 +117,15 @@ class ChatPiece(msgspec.Struct):
 Choice = CompletionChoice | ChatChoice | ChatPiece
 
 
-class Choices(Protocol):
+class Choices(ABC):
     """Makes choices of what the engine says. `number` counts the request's prompts, `progress` is about one of them."""
 
     @property
     def reasoning_tokens(self) -> int | None:
         """Tokens so far that models wrote for themselves; None of answers without reasoning."""
+        return None
 
+    @abstractmethod
     def take(self, number: int, progress: Progress) -> Sequence[Choice]:
         """The choices, or pieces of choices, in one progress."""
 
@@ -147,7 +149,7 @@ def _value(entry: Logprob) -> float:
 
 
 @dataclass
-class CompletionChoices:
+class CompletionChoices(Choices):
     """Completions: with `echo`, each begins with its prompt. Choices are numbered through all prompts."""
 
     n: int
@@ -161,10 +163,6 @@ class CompletionChoices:
     """Choice -> characters of its text so far."""
     _first: dict[int, Progress] = field(default_factory=dict)
     """Prompt -> its first progress, which has the prompt's log-probabilities."""
-
-    @property
-    def reasoning_tokens(self) -> None:
-        """See Choices."""
 
     def take(self, number: int, progress: Progress) -> list[CompletionChoice]:
         """See Choices."""
@@ -224,15 +222,11 @@ class CompletionChoices:
 
 
 @dataclass
-class BestChoices:
+class BestChoices(Choices):
     """The best of more completions than are shown: those whose tokens were the most probable on the average."""
 
     choices: CompletionChoices
     with_logprobs: bool
-
-    @property
-    def reasoning_tokens(self) -> None:
-        """See Choices."""
 
     def take(self, number: int, progress: Progress) -> list[CompletionChoice]:
         """See Choices; all completions of a prompt come in one progress."""
@@ -273,7 +267,7 @@ def _by_text(top: dict[int, Logprob]) -> dict[str, float]:
 
 
 @dataclass
-class ChatChoices:
+class ChatChoices(Choices):
     """Answers of a chat, which have reasoning and calls of tools where `reading` says how they are read."""
 
     stream: bool

@@ -1,17 +1,26 @@
-"""Errors of OpenAI's API: the status and the error object of each."""
+"""What routes of OpenAI's API, and others with its form of errors, have in common: bodies, answers and errors."""
 
+import logging
 import re
+from collections.abc import Callable
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from hasten.core.errors import HastenError, InvalidRequestError
 from hasten.core.text import shortened
-from hasten.server.engine.client import QueueError
-from hasten.server.errors import INTERNAL, kind_of
-from hasten.server.http_errors import openai_error
-from hasten.server.openai.params import OpenAIError
+from hasten.server.by_size import by_size
+from hasten.server.engine.client import EngineClient, QueueError, Queueing
+from hasten.server.errors import CLIENT_GONE, INTERNAL, kind_of, openai_error, retry_after
+from hasten.server.json_size import check_declared_size
+from hasten.server.openai.params import Decoded, OpenAIError, decode, queue_timeout
 from hasten.server.openai.types import ChatRequest, CompletionRequest
+from hasten.server.openapi.operation import Handler, Operation, described
 from hasten.server.pooling.texts import TextLengthError
 from hasten.server.pooling.types import EmbeddingRequest, PoolingRequest, RerankRequest, ScoreRequest
-from hasten.server.types import LONGEST_MESSAGE
+from hasten.server.types import LONGEST_MESSAGE, ServiceError
 
 _REQUESTS = (CompletionRequest, ChatRequest, EmbeddingRequest, PoolingRequest, ScoreRequest, RerankRequest)
 _FIELDS = {name for request in _REQUESTS for name in request.__struct_fields__}
@@ -40,3 +49,57 @@ def _code(error: Exception) -> str | None:
     if isinstance(error, QueueError):
         return error.reason
     return "service_unavailable" if kind_of(error).is_temporary else None
+
+
+_log = logging.getLogger(__name__)
+
+
+ErrorAnswer = Callable[[Exception], tuple[int, bytes]]
+"""HTTP status and body for an error."""
+
+
+def guarded(handler: Handler, operation: Operation, answer: ErrorAnswer = error_answer) -> Handler:
+    """A handler of an operation, whose errors become an API's error objects, by default those of OpenAI's."""
+
+    async def wrapped(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        except HTTPException:
+            raise
+        except RecursionError:
+            return _error_response(InvalidRequestError("the request's lists and objects are nested too deeply"), answer)
+        except Exception as error:
+            if not isinstance(error, HastenError):
+                _log.exception("%s %s failed", request.method, request.url.path)
+            return _error_response(error, answer)
+
+    return described(wrapped, operation)
+
+
+def _error_response(error: Exception, answer: ErrorAnswer) -> Response:
+    """The response to a request that failed before its first token."""
+    status, body = answer(error)
+    wait = error.retry_after if isinstance(error, QueueError | ServiceError) else None
+    headers = {"retry-after": str(retry_after(wait))} if status in (429, 503) else None
+    return Response(body, status, headers, media_type="application/json")
+
+
+def checked_queueing(request: Request, client: EngineClient, priority: int | None, salt: str | None = None) -> Queueing:
+    """How a request waits; QueueWaitError, before its prompt costs anything, where it may not wait for long enough."""
+    queueing = Queueing(priority or 0, queue_timeout(request.headers), salt)
+    client.check_wait(queueing)
+    return queueing
+
+
+async def read_body(request: Request, decoder: msgspec.json.Decoder[Decoded]) -> Decoded:
+    """What a body asks for; OpenAIError and InvalidRequestError where it is not valid, or too large."""
+    check_declared_size(request.headers.get("content-length"))
+    body = await request.body()
+    return await by_size(len(body), decode, body, decoder)
+
+
+def json_response(body: bytes) -> Response:
+    """An answer of JSON."""
+    return Response(body, media_type="application/json")

@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from hasten.core.errors import EngineError
 from hasten.core.types import SamplingParams
@@ -14,8 +14,7 @@ from hasten.server.engine.client import EngineClient
 from hasten.server.openai.params import OpenAIError
 
 if TYPE_CHECKING:
-    from tritonclient.grpc import service_pb2
-
+    from hasten.server.service import Service
     from hasten.server.version import Tally
 
 Key = tuple[str, str]
@@ -23,26 +22,7 @@ Key = tuple[str, str]
 _GENERATION = SamplingParams()
 
 
-class Models(Protocol):
-    """What this API needs of the service."""
-
-    def check_open(self) -> None:
-        """HastenError once the server takes no more requests."""
-
-    def engines(self) -> Mapping[Key, EngineClient]:
-        """The engines by model and version."""
-
-    def tally(self, model: str, version: str, items: int, begun: int) -> "Tally":
-        """What counts a request for one of them."""
-
-    def index(self, *, ready: bool = False) -> "Sequence[service_pb2.RepositoryIndexResponse.ModelIndex]":
-        """All models and their states."""
-
-    def text_models(self) -> Mapping[str, str]:
-        """The text models, each with the token model whose engine it uses."""
-
-
-def models_by_id(service: Models) -> dict[str, Key]:
+def models_by_id(service: "Service") -> dict[str, Key]:
     """Model and version of the engines by the names that clients use.
 
     A name stands for the newest version, `MODEL:VERSION` for another one. Names of text models come first: one is
@@ -65,14 +45,14 @@ class Found:
 
     name: str
     client: EngineClient
-    start: Callable[[int, int], "Tally"]
+    start: Callable[..., "Tally"]
     """Returns the tally of a request, from its number of items and its start; see Service.tally."""
     begun: int = field(default_factory=time.monotonic_ns)
     """When a request asked for it."""
 
-    def tally(self, items: int) -> "Tally":
+    def tally(self, items: int, *, stream: bool = False) -> "Tally":
         """The tally of the request that it was found for, which has this number of items. To be closed."""
-        return self.start(items, self.begun)
+        return self.start(items, self.begun, stream=stream)
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ class _Serving:
 class ModelFinder:
     """Finds engines by the names that clients use. Its methods raise OpenAIError where there is no such model."""
 
-    def __init__(self, service: Models) -> None:
+    def __init__(self, service: "Service") -> None:
         self._service = service
         self._serving: _Serving | None = None
         """Of this turn of the event loop."""

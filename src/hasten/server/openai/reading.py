@@ -1,5 +1,6 @@
 """How the answer to a chat is constrained and read: its reasoning, its calls of tools, and its text."""
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,13 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.core.errors import InvalidRequestError
-from hasten.engine.text import Tokenizer
+from hasten.engine.text import AddedToken, Tokenizer
+from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.tools import ToolUse
-from hasten.server.tools.constraint import after_reasoning
 from hasten.server.tools.forms import HARMONY_CALLS
-from hasten.server.tools.harmony import CHANNEL, HarmonyReader
+from hasten.server.tools.harmony import CHANNEL, HarmonyGrammar, HarmonyReader
 from hasten.server.tools.reader import AnswerReader, Span, TextReader
 from hasten.server.tools.reasoning import HARMONY, ReasoningForm, ReasoningReader, Stage
+from hasten.server.tools.rules import answer_rules, mark_rule
+
+_POSITION = re.compile(r"(?<=: )at \d+\(\d+\): | \d+ \| .*")
+"""Where in a grammar an error is."""
 
 
 class TokenSpans:
@@ -85,17 +90,15 @@ class AnswerReading:
     @contextmanager
     def naming_errors(self) -> Iterator[None]:
         """Errors of the grammar become errors of what the client knows: the tools, or its own constraint."""
-        if self.tools is None:
-            try:
-                yield
-            except InvalidRequestError as error:
-                text = str(error)
-                if self.reasoning is None or not text.startswith("grammar "):
-                    raise
+        try:
+            yield
+        except InvalidRequestError as error:
+            text = str(error)
+            if not text.startswith("grammar ") or (self.tools is None and self.reasoning is None):
+                raise
+            if self.tools is None:
                 raise InvalidRequestError(text.replace("grammar", "the answer's constraint", 1)) from None
-        else:
-            with self.tools.naming_errors():
-                yield
+            raise OpenAIError(_POSITION.sub("", text).replace("grammar", "tools", 1), param="tools") from None
 
     def reader(self) -> AnswerReader:
         """What reads one answer."""
@@ -132,3 +135,25 @@ def reading_of(
     if tools is None and reasoning is None:
         return None
     return AnswerReading(tokenizer, end_tokens, tools, reasoning)
+
+
+def after_reasoning(
+    constraint: Mapping[str, Any],
+    form: ReasoningForm,
+    stage: Stage,
+    tokens: Mapping[str, AddedToken],
+    end_tokens: Sequence[int],
+) -> str:
+    """The grammar of reasoning and an answer that keeps to one constraint under SamplingParams' name."""
+    ((kind, value),) = constraint.items()
+    rules = answer_rules(kind, value)
+    if form is HARMONY:
+        return HarmonyGrammar(tokens, end_tokens).answer(rules)
+    closing = mark_rule(form.closing, tokens)
+    if form.closing in tokens:
+        excluded = ",".join(map(str, sorted({tokens[form.closing].number, *end_tokens})))
+        reasoning = [f"reasoning: <[^{excluded}]>* {closing}"]
+    else:
+        reasoning = [f"reasoning[lazy]: /(?s:.*)/ {closing}"]
+    begin = f"({mark_rule(form.opening, tokens)} reasoning GAP?)?" if stage is Stage.AHEAD else "reasoning GAP?"
+    return "\n".join([f"start: {begin} answer", rules, *reasoning, r"GAP: /[ \n]{1,4}/"])

@@ -1,38 +1,115 @@
-"""OpenAI's API: models, completions and chats over the server's engines, whole or as streams."""
+"""OpenAI's API: models, completions and chats over the server's engines, whole or as streams.
+
+Beside it are vLLM's routes for tokenizers: texts and chats to token ids, and back, within the limits of prompts.
+"""
 
 import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from hasten.core.errors import InvalidRequestError
 from hasten.core.types import SamplingParams
+from hasten.engine.text import Tokenizer
 from hasten.server.anthropic.routes import message_routes
+from hasten.server.engine.client import EngineClient
 from hasten.server.openai.answer import CompletionForm
-from hasten.server.openai.call import Call
-from hasten.server.openai.chat_call import ChatCalls, respond
+from hasten.server.openai.call import Call, ChatCalls, respond
 from hasten.server.openai.choices import completion_choices
-from hasten.server.openai.handlers import checked_wait, guarded, json_response, read_body
-from hasten.server.openai.models import ModelFinder, Models
-from hasten.server.openai.params import OpenAIError, completion_params
-from hasten.server.openai.prompts import ChatPrompts, tokenized
-from hasten.server.openai.tokens import DetokenizeRequest, TokenizeRequest, text_of, token_ids
-from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
+from hasten.server.openai.errors import checked_queueing, guarded, json_response, read_body
+from hasten.server.openai.models import ModelFinder
+from hasten.server.openai.params import OpenAIError, check_chat, completion_params
+from hasten.server.openai.prompts import ChatPrompts, encoded, tokenized
+from hasten.server.openai.types import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, Tool
 from hasten.server.openapi.operation import Operation
 from hasten.server.pooling.routes import pooling_routes
 from hasten.server.responses.routes import responses_route
-from hasten.server.tokenizing import check_prompt_logprobs
+from hasten.server.tokenizing import check_prompt_logprobs, tokenizing
+
+if TYPE_CHECKING:
+    from hasten.server.service import Service
+
+_encode = msgspec.json.Encoder().encode
+
+
+class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /tokenize: either a prompt or the messages of a chat."""
+
+    model: str | None = None
+    """The server's only one, where it is left out."""
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    """By default a prompt gets them, and a chat has those of its template."""
+    return_token_strs: bool | None = None
+    """Whether the answer has the vocabulary's own text of each token."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+async def token_ids(body: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> bytes:
+    """The answer to a TokenizeRequest: `count`, `max_model_len`, `tokens` and perhaps `token_strs`."""
+    ids = await _ids(body, client, chats)
+    with client.counting_refusals():
+        texts = await tokenizing.run(partial(_tokenizer(client).tokens, ids)) if body.return_token_strs else None
+    answer = {"count": len(ids), "max_model_len": client.info.max_model_len, "tokens": ids, "token_strs": texts}
+    return _encode(answer)
+
+
+async def _ids(body: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> list[int]:
+    given = body.add_special_tokens
+    if (body.prompt is None) == (body.messages is None):
+        raise OpenAIError("give either a prompt or messages", param="prompt")
+    if body.prompt is not None:
+        special = True if given is None else given
+        return (await encoded([body.prompt], client, "prompt", add_special_tokens=special))[0]
+    chat = ChatRequest(
+        model="",
+        messages=body.messages or [],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs,
+        tools=body.tools,
+    )
+    check_chat(chat)
+    return (await chats.chat(chat, client, add_special_tokens=bool(given)))[0]
+
+
+async def text_of(body: DetokenizeRequest, client: EngineClient) -> bytes:
+    """The answer to a DetokenizeRequest: the text of its tokens, special ones included, as `prompt`."""
+    try:
+        with client.counting_refusals():
+            text = await tokenizing.decode(_tokenizer(client), body.tokens, client.info.vocab_size)
+    except InvalidRequestError as error:
+        raise OpenAIError(str(error), param="tokens") from None
+    return _encode({"prompt": text})
+
+
+def _tokenizer(client: EngineClient) -> Tokenizer:
+    if client.tokenizer is None:
+        raise OpenAIError("the model has no tokenizer")
+    return client.tokenizer
+
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-_encode = msgspec.json.Encoder().encode
 _COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decoder(ChatRequest)
 _TOKENIZE, _DETOKENIZE = msgspec.json.Decoder(TokenizeRequest), msgspec.json.Decoder(DetokenizeRequest)
 
 
-def openai_routes(service: Models, prompts: ChatPrompts, *, with_metrics: bool = False) -> list[Route]:
+def openai_routes(service: "Service", prompts: ChatPrompts, *, with_metrics: bool = False) -> list[Route]:
     """The routes of OpenAI's API, of Anthropic's messages, and vLLM's for tokenizers, vectors and scores of texts.
 
     `prompts` has the chat templates, which the page uses too. `with_metrics`: answers have the times of their requests.
@@ -98,11 +175,11 @@ class _Api:
         prompts = body.prompts()
         params = completion_params(body, len(prompts))
         choices = completion_choices(body, prompts, params, client.tokenizer)
-        timeout = checked_wait(request, body.priority, client)
+        queueing = checked_queueing(request, client, body.priority, body.cache_salt)
         tokens = await tokenized(prompts, client, "prompt", add_special_tokens=True)
         check_prompt_logprobs(sum(map(len, tokens)), params.prompt_logprobs, client.info.vocab_size)
         form = self._form("text_completion", body, params)
-        call = Call(body, found, tokens, params, choices, form, timeout, body.shows_prompts_only)
+        call = Call(body, found, tokens, params, choices, form, queueing, body.shows_prompts_only)
         return await respond(request, call)
 
     async def chat(self, request: Request) -> Response:

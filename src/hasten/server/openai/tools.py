@@ -3,15 +3,13 @@
 import re
 import secrets
 import string
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import msgspec
 
-from hasten.core.errors import InvalidRequestError
 from hasten.engine.chat import ChatTemplate
 from hasten.engine.text import Tokenizer
 from hasten.server.openai.params import OpenAIError
@@ -28,8 +26,6 @@ _MAX_GRAMMAR = 64 << 10
 """Characters of the grammar that all schemas become."""
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _ALPHANUMERIC = string.ascii_letters + string.digits
-_POSITION = re.compile(r"(?<=: )at \d+\(\d+\): | \d+ \| .*")
-"""Where in a grammar an error is."""
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -113,17 +109,6 @@ class ToolUse:
             message = f"the schemas of tools have {len(grammar)} characters, the limit is {_MAX_GRAMMAR}"
             raise OpenAIError(message, param="tools")
         return options | {"grammar": grammar}
-
-    @contextmanager
-    def naming_errors(self) -> Iterator[None]:
-        """Errors of the grammar become errors of the tools, which are what the client knows."""
-        try:
-            yield
-        except InvalidRequestError as error:
-            text = str(error)
-            if not text.startswith("grammar "):
-                raise
-            raise OpenAIError(_POSITION.sub("", text).replace("grammar", "tools", 1), param="tools") from None
 
     @property
     def max_calls(self) -> int | None:

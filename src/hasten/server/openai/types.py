@@ -45,7 +45,25 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     grammar: str | None = None
 
 
-class FieldsWithoutEffect(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class SharedFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What requests of all APIs that generate text have in common; `null` stands for a field that is left out."""
+
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+
+    # vLLM's extensions
+    top_k: int | None = None
+    seed: int | None = None
+    ignore_eos: bool | None = None
+    priority: int | None = None
+    """As everywhere in this server: 1 is the highest, larger ones come later, 0 is the default, between 1 and 2."""
+    cache_salt: str | None = None
+    """The prefix cache's blocks of its prompts are shared with requests of the same salt, and API key, alone."""
+
+
+class FieldsWithoutEffect(SharedFields, kw_only=True):
     """What requests may say without effect: nothing here depends on who sends them, and no prompt is kept."""
 
     user: str | None = None
@@ -54,29 +72,22 @@ class FieldsWithoutEffect(msgspec.Struct, forbid_unknown_fields=True, kw_only=Tr
     metadata: dict[str, str] | None = None
 
 
-class GenerationRequest(FieldsWithoutEffect, forbid_unknown_fields=True, kw_only=True):
-    """What completions and chats have in common; `null` stands for a field that is left out."""
+class GenerationRequest(FieldsWithoutEffect, kw_only=True):
+    """What completions and chats have in common."""
 
-    model: str
     max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     n: int | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    seed: int | None = None
     logit_bias: dict[int, float] | None = None
     response_format: ResponseFormat | None = None
 
     # vLLM's extensions
-    top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     stop_words_ids: list[list[int]] | None = None
     bad_words: list[str] | None = None
@@ -89,10 +100,6 @@ class GenerationRequest(FieldsWithoutEffect, forbid_unknown_fields=True, kw_only
     length_penalty: float | None = None
     early_stopping: bool | None = None
     beam_search_diversity_rate: float | None = None
-    priority: int | None = None
-    """As everywhere in this server: 1 is the highest, larger ones come later, 0 is the default, between 1 and 2."""
-    cache_salt: str | None = None
-    """The prefix cache's blocks of its prompts are shared with requests of the same salt, and API key, alone."""
     guided_json: Raw = msgspec.field(default_factory=Raw)
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -100,11 +107,28 @@ class GenerationRequest(FieldsWithoutEffect, forbid_unknown_fields=True, kw_only
     structured_outputs: StructuredOutputs | None = None
 
 
+Prompts = str | list[str | int | list[int]]
+"""A text, several texts, token ids, or several lists of token ids."""
+
+
+def each_prompt(name: str, given: Prompts) -> list[str | list[int]]:
+    """Each text, or its token ids; InvalidRequestError where they are mixed up, or there is none."""
+    if isinstance(given, str):
+        return [given]
+    kinds = set(map(type, given))
+    if kinds == {int}:
+        return [given]  # type: ignore[list-item]  # all of them are int
+    if kinds in ({str}, {list}):
+        return list(given)  # type: ignore[arg-type]  # none of them is int
+    raise InvalidRequestError(
+        f"{name} is empty" if not kinds else f"{name} mixes texts, token ids and lists of token ids"
+    )
+
+
 class CompletionRequest(GenerationRequest, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | list[str | int | list[int]]
-    """A text, several texts, token ids, or several lists of token ids."""
+    prompt: Prompts
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
@@ -116,16 +140,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt; InvalidRequestError where texts and token ids are mixed up or there is none."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        kinds = set(map(type, self.prompt))
-        if kinds == {int}:
-            return [self.prompt]  # type: ignore[list-item]  # all of them are int
-        if kinds in ({str}, {list}):
-            return list(self.prompt)  # type: ignore[arg-type]  # none of them is int
-        raise InvalidRequestError(
-            "prompt is empty" if not kinds else "prompt mixes texts, token ids and lists of token ids"
-        )
+        return each_prompt("prompt", self.prompt)
 
 
 class ContentPart(msgspec.Struct):

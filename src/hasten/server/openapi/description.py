@@ -2,14 +2,18 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from hasten import __version__
-from hasten.server.http_errors import OPENAI_PATHS
+from hasten.server.errors import OPENAI_PATHS
 from hasten.server.openapi.operation import Operation, operation_of
+from hasten.server.page.routes import page_headers
 
 _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 _TRITON = "Triton's protocol"
@@ -119,3 +123,23 @@ def _responses(route: Route, operation: Operation) -> dict[str, Any]:
         "200": {"description": "The answer", "content": {kind: {} for kind in kinds}},
         "default": {"description": "An error", "content": {"application/json": schema}},
     }
+
+
+def docs_routes(routes: Sequence[Route]) -> list[Route]:
+    """The description of these routes and of its own two, at /openapi.json, and the page that shows it, at /docs."""
+    html = (files("hasten.server.openapi") / "docs.html").read_bytes()
+    headers = page_headers(html)
+    body = b""
+
+    async def docs(_: Request) -> Response:
+        """This description as a page"""
+        return Response(html, headers=headers, media_type="text/html")
+
+    async def description(_: Request) -> Response:
+        """The description of all routes in OpenAPI's form"""
+        nonlocal body
+        body = body or msgspec.json.encode(openapi([*routes, *own]))
+        return Response(body, media_type="application/json")
+
+    own = [Route("/docs", docs), Route("/openapi.json", description)]
+    return own

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.requests import Request
@@ -15,15 +15,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hasten.server.engine.client import EngineClient
-from hasten.server.openai.models import Models, models_by_id
+from hasten.server.openai.models import models_by_id
 from hasten.server.openai.prompts import ChatPrompts
+
+if TYPE_CHECKING:
+    from hasten.server.service import Service
 
 _SCRIPTS = ("dom", "tokens", "panel", "play", "history", "plots", "state")
 """In the order in which they run."""
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
-def page_routes(service: Models, prompts: ChatPrompts) -> list[Route]:
+def page_routes(service: "Service", prompts: ChatPrompts) -> list[Route]:
     """The page and the state that it polls every second. The page itself has nothing that a key should guard.
 
     `prompts`: those of the API, which know what engines have chat templates.
@@ -74,7 +77,7 @@ def content_security_policy(html: str) -> str:
     )
 
 
-async def server_state(service: Models, prompts: ChatPrompts) -> dict[str, Any]:
+async def server_state(service: "Service", prompts: ChatPrompts) -> dict[str, Any]:
     """Engines with their counters, and the models that have no engine and are no other name of one.
 
     `time` is in seconds, of a clock that only goes forward.

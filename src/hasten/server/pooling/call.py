@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,11 +14,10 @@ from hasten.core.errors import HastenError, InvalidRequestError
 from hasten.core.types import PoolingParams, Request
 from hasten.engine.pooling_info import PoolingInfo
 from hasten.engine.texts import Instruction
-from hasten.server.engine.client import EngineClient, Progress
+from hasten.server.engine.client import EngineClient, Progress, Queueing
+from hasten.server.engine.group import REQUESTS_PER_TURN, RequestGroup
 from hasten.server.openai.answer import Usage
-from hasten.server.openai.requests import PromptRequests
 from hasten.server.pooling.texts import Pair, TextReader
-from hasten.server.together import TASKS_PER_TURN
 
 if TYPE_CHECKING:
     from hasten.server.version import Tally
@@ -43,18 +44,14 @@ class PoolingCall:
     def __init__(
         self,
         client: EngineClient,
+        queueing: Queueing,
         *,
-        priority: int = 0,
-        queue_timeout: float | None = None,
         tally: "Callable[[int], Tally] | None" = None,
     ) -> None:
-        """`queue_timeout`: seconds that its texts may wait before they are begun. `tally` gives what counts a request
-        by its number of texts; None: it is counted already.
-        """
+        """`tally` gives what counts a request by its number of texts; None: it is counted already."""
         self.usage = Usage()
         self.client = client
-        self._priority = priority
-        self._queue_timeout = queue_timeout
+        self._queueing = queueing
         self._tally = tally
 
     @property
@@ -96,16 +93,13 @@ class PoolingCall:
         self._check_size(requests, params)
         found: list[Result | None] = [None] * len(requests)
         tally = None if self._tally is None else self._tally(len(requests))
-        running = PromptRequests(self.client, self.usage, stream=False, tally=tally)
-        try:
-            await running.submit_texts(requests, priority=self._priority, queue_timeout=self._queue_timeout)
+        with closing(RequestGroup(self.client, self.usage, tally)) as running:
+            await running.submit([partial(self.client.submit_text, each, self._queueing) for each in requests])
             while running.unfinished:
                 number, progress = await running.read()
                 found[number] = _result(progress)
-                if running.unfinished % TASKS_PER_TURN == 0:
+                if running.unfinished % REQUESTS_PER_TURN == 0:
                     await asyncio.sleep(0)  # a step ends many at once
-        finally:
-            running.close()
         return [result for result in found if result is not None]
 
     def _check_size(self, requests: Sequence[Request], params: PoolingParams) -> None:

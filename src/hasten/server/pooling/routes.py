@@ -1,22 +1,32 @@
-"""Routes for vectors and scores of texts: OpenAI's embeddings, vLLM's score, pooling and classify, Cohere's rerank."""
+"""Routes for vectors and scores of texts: OpenAI's embeddings, vLLM's score, pooling and classify, Cohere's rerank.
 
-from collections.abc import Callable, Coroutine
+Answers are in the forms of OpenAI, vLLM, Cohere and Jina.
+"""
+
+import base64
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from hasten.core.types import FilledMask
+from hasten.engine.fill_mask import with_texts
+from hasten.engine.text import Tokenizer
 from hasten.engine.texts import instruction
 from hasten.server.by_size import by_size
-from hasten.server.openai.handlers import checked_wait, guarded, json_response, read_body
-from hasten.server.openai.models import Found, ModelFinder
-from hasten.server.openai.params import Decoded
+from hasten.server.openai.answer import Usage
+from hasten.server.openai.errors import checked_queueing, guarded, json_response, read_body
+from hasten.server.openai.models import ModelFinder
+from hasten.server.openai.params import Decoded, OpenAIError
 from hasten.server.openapi.operation import Operation
-from hasten.server.pooling import answers
-from hasten.server.pooling.call import PoolingCall, Result
+from hasten.server.pooling.call import Numbers, PoolingCall, Result
 from hasten.server.pooling.types import (
     ClassifyRequest,
     EmbeddingRequest,
@@ -26,6 +36,82 @@ from hasten.server.pooling.types import (
     TextsRequest,
 )
 from hasten.server.sse import unless_gone
+
+_encode = msgspec.json.Encoder().encode
+NumberForm = Callable[[Numbers], Any]
+
+
+def number_form(encoding_format: str | None) -> NumberForm:
+    """How an answer has its numbers; OpenAIError for a format that there is not."""
+    if encoding_format in (None, "float"):
+        return lambda numbers: numbers.tolist()
+    if encoding_format == "base64":
+        return lambda numbers: base64.b64encode(numbers.astype("<f4", copy=False).tobytes()).decode()
+    message = f"encoding_format must be float or base64, got {encoding_format!r:.80}"
+    raise OpenAIError(message, param="encoding_format")
+
+
+def listed(prefix: str, model: str, entries: Iterable[dict[str, Any]], usage: Usage) -> bytes:
+    """A list of entries, encoded one by one, so that other threads run between them."""
+    head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": "list", "created": int(time.time()), "model": model}
+    data = b",".join(map(_encode, entries))
+    return _encode(head)[:-1] + b',"data":[' + data + b'],"usage":' + _encode(usage.as_json()) + b"}"
+
+
+def embeddings(results: Sequence[Result], form: NumberForm) -> Iterable[dict[str, Any]]:
+    """Entries of /v1/embeddings."""
+    for index, result in enumerate(results):
+        yield {"object": "embedding", "index": index, "embedding": form(result.numbers)}
+
+
+def pooled(results: Sequence[Result], form: NumberForm) -> Iterable[dict[str, Any]]:
+    """Entries of /pooling."""
+    for index, result in enumerate(results):
+        yield {"object": "pooling", "index": index, "data": form(result.numbers)}
+
+
+def filled(results: Sequence[Result], tokenizer: Tokenizer) -> Iterable[dict[str, Any]]:
+    """Entries of /pooling with words for masks: for each mask a list of them, as transformers' pipeline has it."""
+    for index, result in enumerate(results):
+        ids_mk, scores_mk = np.split(result.numbers, 2, axis=1)
+        candidates = [
+            [FilledMask(score, int(token)) for token, score in zip(ids_k.tolist(), scores_k.tolist(), strict=True)]
+            for ids_k, scores_k in zip(ids_mk, scores_mk, strict=True)
+        ]
+        yield {"object": "pooling", "index": index, "data": with_texts(tokenizer, result.prompt_token_ids, candidates)}
+
+
+def classes(results: Sequence[Result], labels: Sequence[str]) -> Iterable[dict[str, Any]]:
+    """Entries of /classify."""
+    for index, result in enumerate(results):
+        label = labels[int(result.numbers.argmax())]
+        yield {"index": index, "label": label, "probs": result.numbers.tolist(), "num_classes": len(labels)}
+
+
+def scores(found: Sequence[float]) -> Iterable[dict[str, Any]]:
+    """Entries of /score."""
+    return ({"object": "score", "index": index, "score": score} for index, score in enumerate(found))
+
+
+def ranking(
+    model: str, found: Sequence[float], usage: Usage, top_n: int | None, documents: Sequence[str] | None
+) -> bytes:
+    """The answer of /rerank: the best first, equal ones in the order in which they came."""
+    order = sorted(range(len(found)), key=lambda index: -found[index])[:top_n]
+    results: list[dict[str, Any]] = [{"index": index, "relevance_score": found[index]} for index in order]
+    if documents is not None:
+        results = [{**entry, "document": {"text": documents[entry["index"]]}} for entry in results]
+    return _encode(
+        {
+            "id": f"rerank-{secrets.token_hex(12)}",
+            "object": "list",
+            "model": model,
+            "usage": usage.as_json(),
+            "results": results,
+            "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
+        }
+    )
+
 
 _EMBED, _POOL = msgspec.json.Decoder(EmbeddingRequest), msgspec.json.Decoder(PoolingRequest)
 _CLASSIFY, _SCORE = msgspec.json.Decoder(ClassifyRequest), msgspec.json.Decoder(ScoreRequest)
@@ -45,7 +131,8 @@ def pooling_routes(models: ModelFinder) -> list[Route]:
             body = await read_body(request, decoder)
             assert isinstance(body, TextsRequest), "all of these are"
             found = models.find_pooler(body.model)
-            call = _call(request, body, found)
+            queueing = checked_queueing(request, found.client, body.priority)
+            call = PoolingCall(found.client, queueing, tally=found.tally)
             return json_response(await unless_gone(request, answer(body, found.name, call)))
 
         return Route(path, guarded(handler, Operation(summary, decoder.type)), methods=["POST"])
@@ -66,49 +153,44 @@ def pooling_routes(models: ModelFinder) -> list[Route]:
     ]
 
 
-def _call(request: Request, body: TextsRequest, found: Found) -> PoolingCall:
-    timeout = checked_wait(request, body.priority, found.client)
-    return PoolingCall(found.client, priority=body.priority or 0, queue_timeout=timeout, tally=found.tally)
-
-
 def _size(results: list[Result]) -> int:
     return _NUMBER_BYTES * sum(result.numbers.size for result in results)
 
 
 async def _embeddings(body: EmbeddingRequest, model: str, call: PoolingCall) -> bytes:
-    form, params, prompts = answers.number_form(body.encoding_format), body.params(), body.prompts()
+    form, params, prompts = number_form(body.encoding_format), body.params(), body.prompts()
     before = instruction(call.info.texts, None, body.prompt_name)
     results = await call.prompts(prompts, params, before)
-    return await by_size(_size(results), answers.listed, "embd", model, answers.embeddings(results, form), call.usage)
+    return await by_size(_size(results), listed, "embd", model, embeddings(results, form), call.usage)
 
 
 async def _pooling(body: PoolingRequest, model: str, call: PoolingCall) -> bytes:
-    form, prompts = answers.number_form(body.encoding_format), body.prompts()
+    form, prompts = number_form(body.encoding_format), body.prompts()
     tokenizer = call.client.tokenizer
     params = body.params(call.info.tasks[0], tokenizer)
     before = instruction(call.info.texts, None, None) if params.task == "embed" else None
     results = await call.prompts(prompts, params, before)
-    size, entries = _size(results), answers.pooled(results, form)
+    size, entries = _size(results), pooled(results, form)
     if params.task == "fill_mask":
         assert tokenizer is not None, "no mask would be known, and a text without one is refused"
         size *= 1 + max(len(result.prompt_token_ids) for result in results)
-        entries = answers.filled(results, tokenizer)
-    return await by_size(size, answers.listed, "pool", model, entries, call.usage)
+        entries = filled(results, tokenizer)
+    return await by_size(size, listed, "pool", model, entries, call.usage)
 
 
 async def _classify(body: ClassifyRequest, model: str, call: PoolingCall) -> bytes:
     results = await call.prompts(body.prompts(), body.params())
-    entries = answers.classes(results, call.info.labels)
-    return await by_size(_size(results), answers.listed, "classify", model, entries, call.usage)
+    entries = classes(results, call.info.labels)
+    return await by_size(_size(results), listed, "classify", model, entries, call.usage)
 
 
 async def _score(body: ScoreRequest, model: str, call: PoolingCall) -> bytes:
     found = await call.scores(body.pairs(), body.truncate_prompt_tokens, "documents")
-    return answers.listed("score", model, answers.scores(found), call.usage)
+    return listed("score", model, scores(found), call.usage)
 
 
 async def _rerank(body: RerankRequest, model: str, call: PoolingCall, *, with_documents: bool) -> bytes:
     texts = body.texts()
     found = await call.scores([(body.query, text) for text in texts], body.truncate_prompt_tokens, "documents")
     shows = with_documents if body.return_documents is None else body.return_documents
-    return answers.ranking(model, found, call.usage, body.top_n, texts if shows else None)
+    return ranking(model, found, call.usage, body.top_n, texts if shows else None)

@@ -8,9 +8,8 @@ from hasten.core.errors import InvalidRequestError
 from hasten.core.types import PoolingParams, PoolingTask
 from hasten.engine.fill_mask import target_ids
 from hasten.engine.text import Tokenizer
+from hasten.server.openai.types import Prompts, each_prompt
 
-Input = str | list[str | int | list[int]]
-"""A text, several texts, token ids, or several lists of token ids."""
 _MOST_TEXTS = 2048
 """Of a request; OpenAI's own limit."""
 
@@ -30,19 +29,13 @@ class TextsRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class InputRequest(TextsRequest, kw_only=True):
     """A request with texts that do not belong together."""
 
-    input: Input
+    input: Prompts
 
     def prompts(self) -> list[str | list[int]]:
         """Each text, or its token ids; InvalidRequestError where they are mixed up, too many, or none."""
-        if isinstance(self.input, str):
-            return [self.input]
-        kinds = set(map(type, self.input))
-        if kinds == {int}:
-            return [self.input]  # type: ignore[list-item]  # all of them are int
-        check_count("input", len(self.input))
-        if kinds in ({str}, {list}):
-            return list(self.input)  # type: ignore[arg-type]  # none of them is int
-        raise InvalidRequestError("input mixes texts, token ids and lists of token ids")
+        prompts = each_prompt("input", self.input)
+        check_count("input", len(prompts))
+        return prompts
 
 
 class EmbeddingRequest(InputRequest, kw_only=True):

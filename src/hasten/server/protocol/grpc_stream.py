@@ -19,7 +19,6 @@ from hasten.server.by_size import by_size
 from hasten.server.errors import client_error
 from hasten.server.inflight import Claim, InflightBytes
 from hasten.server.models.validation import EMPTY_FINAL
-from hasten.server.protocol.placement import deliver, placements
 from hasten.server.protocol.proto import (
     FINAL,
     infer_request,
@@ -27,7 +26,7 @@ from hasten.server.protocol.proto import (
     parsed_infer,
     stream_response,
 )
-from hasten.server.protocol.shared_memory import SharedMemory
+from hasten.server.protocol.shared_memory import SharedMemory, deliver, placements
 from hasten.server.protocol.tensors import byte_size
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 
@@ -80,13 +79,9 @@ async def stream_infer(
     no room for are refused. With `ends_with_error` the first error of a model ends the stream, and is returned;
     otherwise, and where a request is refused, errors are answers.
     """
-    stream = _Stream(service, memory, context, inflight, max_bytes)
-    reading = asyncio.ensure_future(_serve_all(stream, requests))
+    stream = _Stream(service, memory, context, inflight, max_bytes, ends_with_error=ends_with_error)
+    reading = asyncio.ensure_future(stream.serve(requests))
     try:
-        if not ends_with_error:
-            await reading
-            return None
-        stream.failed = asyncio.get_running_loop().create_future()
         both: set[asyncio.Future[Any]] = {reading, stream.failed}
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if stream.failed.done():
@@ -99,34 +94,8 @@ async def stream_infer(
         await stream.withdraw()
 
 
-async def _serve_all(stream: "_Stream", requests: Any) -> None:
-    async for raw in requests:
-        await stream.begin(raw)
-    await stream.finish()
-
-
 class _UnsentError(Exception):
     """The client did not take an answer: it is gone."""
-
-
-class _Turn:
-    """A place in the order of the answers of models that answer once. Taken when it is made, passed on at the end."""
-
-    def __init__(self, before: "_Turn | None") -> None:
-        self._before = before
-        self._over = asyncio.Event()
-
-    async def come(self) -> None:
-        """Wait until all that came before have answered."""
-        if self._before is not None:
-            await self._before._over.wait()
-            self._before = None
-
-    def __enter__(self) -> "_Turn":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
 
 
 class _Room:
@@ -160,21 +129,37 @@ class _Refused:
 
 class _Stream:
     def __init__(
-        self, service: "Service", memory: SharedMemory, context: Any, inflight: InflightBytes, max_bytes: int
+        self,
+        service: "Service",
+        memory: SharedMemory,
+        context: Any,
+        inflight: InflightBytes,
+        max_bytes: int,
+        *,
+        ends_with_error: bool,
     ) -> None:
         self._service = service
         self._memory = memory
         self._context = context
         self._inflight = inflight
+        self._ends_with_error = ends_with_error
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = _Room(max_bytes)
         self._writing = asyncio.Lock()
-        self._last_turn: _Turn | None = None
-        self.failed: asyncio.Future[ServiceError] | None = None
+        self._answered = asyncio.Event()
+        """Set once all that came before have answered, of models that answer once."""
+        self._answered.set()
+        self.failed: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
         """The error that ends the stream, where one does."""
 
-    async def begin(self, raw: bytes) -> None:
-        """Start to serve one request, once there is room."""
+    async def serve(self, requests: Any) -> None:
+        """Serve all requests, each from when there is room, and wait for the last answers."""
+        async for raw in requests:
+            await self._begin(raw)
+        while self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+
+    async def _begin(self, raw: bytes) -> None:
         await self._room.enter(len(raw))
         claim = self._inflight.claim()
         try:
@@ -194,20 +179,11 @@ class _Stream:
         if not task.cancelled() and task.exception() is not None:
             _log.debug("a stream's response could not be sent", exc_info=task.exception())
 
-    async def finish(self) -> None:
-        """Wait for what is under way: the client has said all."""
-        while self._tasks:
-            await asyncio.wait(tuple(self._tasks))
-
     async def withdraw(self) -> None:
         """End what is under way."""
         for task in (tasks := tuple(self._tasks)):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _turn(self) -> _Turn:
-        self._last_turn = _Turn(self._last_turn)
-        return self._last_turn
 
     def _read(self, raw: bytes, claim: Claim) -> ReceivedInfer | _Refused:
         message = pb.ModelInferRequest()
@@ -219,28 +195,35 @@ class _Stream:
             return _Refused(error, message.id)
 
     async def _serve(self, received: ReceivedInfer | _Refused) -> None:
-        # no await before a turn is taken: tasks begin in the order of their requests
-        if isinstance(received, _Refused):
-            with self._turn() as turn:
-                await turn.come()
-                refusal = pb.ModelInferResponse(id=received.request_id)
-                await self._write_error(received.error, refusal, refused=True)
-        elif received.decoupled:
+        if isinstance(received, ReceivedInfer) and received.decoupled:
             await self._serve_many(received.request, received.deliver)
-        else:
-            with self._turn() as turn:
-                await self._serve_one(received.request, received.deliver, turn)
-
-    async def _serve_one(self, request: InferRequest, deliver: Delivery, turn: _Turn) -> None:
+            return
+        # no await before a turn is taken: tasks begin in the order of their requests
+        before, self._answered = self._answered, asyncio.Event()
+        over = self._answered
         try:
-            answer = await self._service.infer(request)
-            response = await by_size(byte_size(answer.outputs), _stream_response, answer, deliver)
+            await self._serve_one(received, before)
+        finally:
+            over.set()
+
+    async def _serve_one(self, received: ReceivedInfer | _Refused, before: asyncio.Event) -> None:
+        """Answer once, behind the answers before it."""
+        try:
+            if isinstance(received, _Refused):
+                raise received.error
+            answer = await self._service.infer(received.request)
+            response = await by_size(byte_size(answer.outputs), _stream_response, answer, received.deliver)
         except Exception as error:
             known = client_error(error, "a streamed request")
-            await turn.come()
-            await self._write_error(known, _closing(known, request), refused=known.kind in _REFUSED)
+            if isinstance(received, _Refused) or known.kind in _REFUSED:
+                request_id = received.request_id if isinstance(received, _Refused) else received.request.id
+                closing, refused = pb.ModelInferResponse(id=request_id), True
+            else:  # a request that was taken, and this was all
+                closing, refused = _closing(received.request, final=True), False
+            await before.wait()
+            await self._write_error(known, closing, refused=refused)
         else:
-            await turn.come()
+            await before.wait()
             await self._send(response)
 
     async def _serve_many(self, request: InferRequest, deliver: Delivery) -> None:
@@ -259,23 +242,19 @@ class _Stream:
         except Exception as error:
             known = client_error(error, "a streamed request")
             refused = not started and known.kind in _REFUSED
-            closing = pb.ModelInferResponse(model_name=request.model, id=request.id)
-            closing.parameters[FINAL].bool_param = refused or not empty_final
-            await self._write_error(known, closing, refused=refused)
+            await self._write_error(known, _closing(request, final=refused or not empty_final), refused=refused)
             if empty_final and not refused:
-                closing.parameters[FINAL].bool_param = True
-                await self._send(_serialized(closing))
+                await self._send(_serialized(_closing(request, final=True)))
 
-    async def _write_error(self, error: Exception, response: Any, *, refused: bool = False) -> None:
-        known = client_error(error, "a streamed request")
-        if self.failed is None or refused:
-            await self._send(_serialized(response, str(known)))
+    async def _write_error(self, error: ServiceError, response: Any, *, refused: bool) -> None:
+        if refused or not self._ends_with_error:
+            await self._send(_serialized(response, str(error)))
         elif not self.failed.done():
-            self.failed.set_result(known)
+            self.failed.set_result(error)
 
     async def _send(self, message: bytes) -> None:
         async with self._writing:
-            if self.failed is not None and self.failed.done():
+            if self.failed.done():
                 return
             try:
                 await self._context.write(message)
@@ -293,10 +272,8 @@ def _serialized(response: Any, error: str = "") -> bytes:
     return raw
 
 
-def _closing(error: ServiceError, request: InferRequest) -> Any:
-    """What goes with the error of a model that answers once: of a request that it took, that this was all."""
-    closing = pb.ModelInferResponse(id=request.id)
-    if error.kind not in _REFUSED:
-        closing.model_name = request.model
-        closing.parameters[FINAL].bool_param = True
+def _closing(request: InferRequest, *, final: bool) -> Any:
+    """What goes with the error of a model that took a request; `final`: whether this is all."""
+    closing = pb.ModelInferResponse(model_name=request.model, id=request.id)
+    closing.parameters[FINAL].bool_param = final
     return closing

@@ -1,9 +1,11 @@
-"""Triton's HTTP routes. They translate; what is asked is done by the service."""
+"""Triton's HTTP routes: its operations with JSON for their messages, beside those that compute."""
 
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -12,226 +14,211 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
+from tritonclient.grpc import service_pb2 as pb
 
 from hasten.server.by_size import SMALL, by_size
-from hasten.server.errors import client_error
-from hasten.server.http_errors import CLIENT_GONE, error_response, service_error_response
+from hasten.server.errors import CLIENT_GONE, client_error, error_response, service_error_response
 from hasten.server.inflight import InflightBytes
 from hasten.server.json_size import check_declared_size
+from hasten.server.openapi.operation import Operation, described
 from hasten.server.protocol.bodies import dump_json, parse_object
 from hasten.server.protocol.http_infer import InferRoutes, named_model
-from hasten.server.protocol.proto_json import to_json
-from hasten.server.protocol.settings import LogSettings, TraceSettings
-from hasten.server.protocol.shared_memory import NO_CUDA, SharedMemory
+from hasten.server.protocol.operations import Handler, LoadRequest, Operations, refuse_repository
 from hasten.server.security import Admission, Guard
-from hasten.server.types import ErrorKind, ServiceError, invalid
+from hasten.server.types import invalid
 
-if TYPE_CHECKING:
-    from hasten.server.service import Service
+Fields = dict[str, Any]
+"""Of an operation's request."""
 
-Endpoint = Callable[[Request], Awaitable[Response]]
-
-_MODEL, _VERSION = "/v2/models/{model}", "/versions/{version}"
 _MAX_LOAD_BYTES = 16 << 20
 """Of a body of JSON with a model's files, which come as long texts; over gRPC they are bytes, and may be more."""
 _BASE64_PIECE = 1 << 20
 """Characters, a multiple of the four that become three bytes."""
+_LARGEST_UNSIGNED = 2**64 - 1
 
 
-class HttpRoutes:
+async def _nothing(_: Request) -> Fields:
+    return {}
+
+
+def _shown(message: Any) -> Response:
+    return _json(to_json(message))
+
+
+def _done(_: Any) -> Response:
+    return Response(media_type="application/json")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An operation over HTTP."""
+
+    paths: tuple[str, ...]
+    call: str
+    summary: str
+    read: Callable[[Request], Awaitable[Fields]] = _nothing
+    show: Callable[[Any], Response] = _shown
+    methods: tuple[str, ...] = ("GET",)
+
+
+def _ready(message: Any) -> Response:
+    return Response(status_code=200 if message.ready else 400)
+
+
+def _model_ready(message: Any) -> Response:
+    if not message.ready:
+        raise invalid("Model version not ready")
+    return Response()
+
+
+def _entries(message: Any) -> Response:
+    return _json([{field: value for field, value in to_json(each).items() if value} for each in message.models])
+
+
+def _regions(message: Any) -> Response:
+    return _json([to_json(message.regions[name]) for name in sorted(message.regions)])
+
+
+def _traces(message: Any) -> Response:
+    settings = {key: list(setting.value) for key, setting in sorted(message.settings.items())}
+    return _json({key: values if key == "trace_level" else values[0] for key, values in settings.items()})
+
+
+def http_routes(operations: Operations, max_request_bytes: int) -> list[Route]:
     """All of Triton's HTTP routes."""
+    infer = InferRoutes(operations.service, operations.memory, max_request_bytes)
+    rows = [_route(operations.handlers[row.call], row, path) for row in _ROWS for path in row.paths]
 
-    def __init__(
-        self,
-        service: "Service",
-        memory: SharedMemory,
-        traces: TraceSettings,
-        logs: LogSettings,
-        max_request_bytes: int,
-    ) -> None:
-        self._service = service
-        self._memory = memory
-        self._traces = traces
-        self._logs = logs
-        self._infer = InferRoutes(service, memory, max_request_bytes)
-
-    def routes(self) -> list[Route]:
-        """For an application."""
-        return [*self._infer.routes(), *self._server(), *self._models(), *self._repository(), *self._shared_memory()]
-
-    def _server(self) -> list[Route]:
-        return [
-            Route("/v2", self.metadata),
-            Route("/v2/health/live", self.live),
-            Route("/v2/health/ready", self.ready),
-            Route("/health", self.healthy),
-            Route("/ping", self.healthy),
-            Route("/version", self.version),
-            Route("/v2/logging", self.logging, methods=["GET", "POST"]),
-            Route("/v2/trace/setting", self.tracing, methods=["GET", "POST"]),
-            Route(f"{_MODEL}/trace/setting", self.tracing, methods=["GET", "POST"]),
-        ]
-
-    def _models(self) -> list[Route]:
-        actions = {"": self.model, "/ready": self.model_ready, "/config": self.config, "/stats": self.stats}
-        named = [
-            Route(f"{_MODEL}{version}{path}", endpoint)
-            for path, endpoint in actions.items()
-            for version in ("", _VERSION)
-        ]
-        return [Route("/v2/models/stats", self.stats), *named]
-
-    def _repository(self) -> list[Route]:
-        routes = []
-        for root in ("/v2/repository", "/v2/repository/{repository}"):
-            routes += [
-                Route(f"{root}/index", self.index, methods=["POST"]),
-                Route(f"{root}/models/{{model}}/load", self.load, methods=["POST"]),
-                Route(f"{root}/models/{{model}}/unload", self.unload, methods=["POST"]),
-            ]
-        return routes
-
-    def _shared_memory(self) -> list[Route]:
-        routes = []
-        for kind, endpoints in (
-            ("system", (self.memory_status, self.memory_register, self.memory_unregister)),
-            ("cuda", (self.cuda_status, self.cuda_register, self.cuda_unregister)),
-        ):
-            for name in ("", "/region/{region}"):
-                paths = [f"/v2/{kind}sharedmemory{name}/{action}" for action in ("status", "register", "unregister")]
-                routes.append(Route(paths[0], endpoints[0]))
-                routes += [
-                    Route(path, end, methods=["POST"]) for path, end in zip(paths[1:], endpoints[1:], strict=True)
-                ]
-        return routes
-
-    async def metadata(self, request: Request) -> Response:
-        """Name, version and extensions."""
-        return _json(to_json(self._service.server_metadata()))
-
-    async def live(self, request: Request) -> Response:
-        """Whether the server runs."""
-        return Response(status_code=200 if self._service.is_live() else 400)
-
-    async def ready(self, request: Request) -> Response:
-        """Whether all models are ready."""
-        return Response(status_code=200 if self._service.is_ready() else 400)
-
-    async def healthy(self, request: Request) -> Response:
-        """Whether all models are ready, in the status codes that load balancers expect."""
-        return Response(status_code=200 if self._service.is_ready() else 503)
-
-    async def version(self, request: Request) -> Response:
-        """The server's version."""
-        return _json({"version": self._service.server_metadata().version})
-
-    async def model_ready(self, request: Request) -> Response:
-        """Whether one model is ready."""
-        if not self._service.is_model_ready(*named_model(request)):
-            raise invalid("Model version not ready")
-        return Response()
-
-    async def model(self, request: Request) -> Response:
-        """A model's tensors."""
-        return _json(to_json(self._service.model_metadata(*named_model(request))))
-
-    async def config(self, request: Request) -> Response:
-        """A model's configuration."""
-        return _json(to_json(self._service.model_config(*named_model(request))))
-
-    async def stats(self, request: Request) -> Response:
-        """What was counted of one model, or of all."""
-        model, version = named_model(request) if "model" in request.path_params else ("", "")
-        return _json({"model_stats": [to_json(each) for each in self._service.statistics(model, version)]})
-
-    async def index(self, request: Request) -> Response:
-        """All models and their states."""
-        only_ready = (await _object(request)).get("ready", False)
-        if not isinstance(only_ready, bool):
-            raise invalid("attempt to access JSON non-boolean as boolean")
-        entries = map(to_json, self._service.index(ready=only_ready))
-        return _json([{field: value for field, value in entry.items() if value} for entry in entries])
-
-    async def load(self, request: Request) -> Response:
-        """Load a model, or load it again."""
-        parameters = await _repository_parameters(request)
-        config = parameters.pop("config", None)
-        if config is not None and not isinstance(config, str):
-            raise invalid("attempt to access JSON non-string as string")
-        sent = {key: text for key, text in parameters.items() if _is_file(key)}
-        size = sum(len(text) for text in sent.values() if isinstance(text, str))
-        files = await by_size(size, _decoded_files, sent)
-        await self._service.load(request.path_params["model"], config, files)
-        return _json_nothing()
-
-    async def unload(self, request: Request) -> Response:
-        """Unload a model."""
-        with_dependents = (await _repository_parameters(request, "unload")).get("unload_dependents", False)
-        if not isinstance(with_dependents, bool):
-            raise invalid("attempt to access JSON non-boolean as boolean")
-        await self._service.unload(request.path_params["model"], unload_dependents=with_dependents)
-        return _json_nothing()
-
-    async def memory_status(self, request: Request) -> Response:
-        """The regions of shared memory."""
-        fields = ("name", "key", "offset", "byte_size")
-        regions = self._memory.status(request.path_params.get("region", ""))
-        return _json([{field: getattr(region, field) for field in fields} for region in regions])
-
-    async def memory_register(self, request: Request) -> Response:
-        """Take a region of shared memory."""
-        body = await _object(request)
-        for field in ("key", "byte_size"):
-            if field not in body:
-                raise invalid(f"Shared memory register request has no '{field}' field")
-        if not isinstance(body["key"], str):
-            raise invalid("attempt to access JSON non-string as string")
-        offset, size = body.get("offset", 0), body["byte_size"]
-        if not all(type(number) is int and number >= 0 for number in (offset, size)):
-            raise invalid("attempt to access JSON non-unsigned-integer as unsigned-integer")
-        self._memory.register(request.path_params.get("region", ""), body["key"], offset, size)
-        return _json_nothing()
-
-    async def memory_unregister(self, request: Request) -> Response:
-        """Forget one region, or all."""
-        self._memory.unregister(request.path_params.get("region", ""))
-        return _json_nothing()
-
-    async def cuda_status(self, request: Request) -> Response:
-        """There are no regions of CUDA shared memory."""
-        if "region" in request.path_params:
-            name = request.path_params["region"]
-            raise ServiceError(ErrorKind.NOT_FOUND, f"Unable to find cuda shared memory region: '{name}'")
-        return _json([])
-
-    async def cuda_register(self, request: Request) -> Response:
-        """Not supported."""
-        raise ServiceError(ErrorKind.UNSUPPORTED, NO_CUDA)
-
-    async def cuda_unregister(self, request: Request) -> Response:
-        """Forgetting what is not there is no error."""
-        return _json_nothing()
-
-    async def tracing(self, request: Request) -> Response:
-        """Trace settings of a model, or of all; POST changes them."""
-        model = request.path_params.get("model", "")
-        require_known_model(self._service, model)
+    async def logging(request: Request) -> Response:
         if request.method == "POST":
-            self._traces.update(_trace_values(await _object(request)), model)
-        settings = self._traces.get(model)
-        return _json({key: value if key == "trace_level" else value[0] for key, value in settings.items()})
+            operations.logs.update(await _object(request))
+        return _json(operations.logs.get())
 
-    async def logging(self, request: Request) -> Response:
-        """Log settings; POST changes them."""
-        if request.method == "POST":
-            self._logs.update(await _object(request))
-        return _json(self._logs.get())
+    described(logging, Operation("Log settings; POST changes them"))
+    return [*infer.routes(), *rows, Route("/v2/logging", logging, methods=["GET", "POST"])]
 
 
-def require_known_model(service: "Service", model: str) -> None:
-    """INVALID where there is no such model; no name is none to look for."""
-    if model and all(entry.name != model for entry in service.index()):
-        raise invalid(f"Request for unknown model : {model}")
+def _route(handle: Handler, row: _Row, path: str) -> Route:
+    kind = LoadRequest if row.call == "RepositoryModelLoad" else getattr(pb, f"{row.call}Request")
+
+    async def endpoint(request: Request) -> Response:
+        response = handle(kind(**await row.read(request)))
+        return row.show(await response if inspect.isawaitable(response) else response)
+
+    return Route(path, described(endpoint, Operation(row.summary)), methods=list(row.methods))
+
+
+async def _model(request: Request) -> Fields:
+    name, version = named_model(request)
+    return {"name": name, "version": version}
+
+
+async def _index(request: Request) -> Fields:
+    only_ready = (await _object(request)).get("ready", False)
+    if not isinstance(only_ready, bool):
+        raise invalid("attempt to access JSON non-boolean as boolean")
+    return {"ready": only_ready}
+
+
+async def _load(request: Request) -> Fields:
+    parameters = await _repository_parameters(request, "load", _MAX_LOAD_BYTES)
+    config = parameters.pop("config", None)
+    if config is not None and not isinstance(config, str):
+        raise invalid("attempt to access JSON non-string as string")
+    sent = {key: text for key, text in parameters.items() if _is_file(key)}
+    size = sum(len(text) for text in sent.values() if isinstance(text, str))
+    files = await by_size(size, _decoded_files, sent)
+    return {"model": request.path_params["model"], "config": config, "files": files}
+
+
+async def _unload(request: Request) -> Fields:
+    with_dependents = (await _repository_parameters(request, "unload")).get("unload_dependents", False)
+    if not isinstance(with_dependents, bool):
+        raise invalid("attempt to access JSON non-boolean as boolean")
+    parameters = {"unload_dependents": {"bool_param": with_dependents}}
+    return {"model_name": request.path_params["model"], "parameters": parameters}
+
+
+async def _region(request: Request) -> Fields:
+    return {"name": request.path_params.get("region", "")}
+
+
+async def _register(request: Request) -> Fields:
+    body = await _object(request)
+    for field in ("key", "byte_size"):
+        if field not in body:
+            raise invalid(f"Shared memory register request has no '{field}' field")
+    if not isinstance(body["key"], str):
+        raise invalid("attempt to access JSON non-string as string")
+    numbers = {"offset": body.get("offset", 0), "byte_size": body["byte_size"]}
+    if not all(type(number) is int and 0 <= number <= _LARGEST_UNSIGNED for number in numbers.values()):
+        raise invalid("attempt to access JSON non-unsigned-integer as unsigned-integer")
+    return {**await _region(request), "key": body["key"], **numbers}
+
+
+async def _trace_settings(request: Request) -> Fields:
+    body = await _object(request) if request.method == "POST" else {}
+    settings = {key: {"value": _trace_values(key, value)} for key, value in body.items()}
+    return {"model_name": request.path_params.get("model", ""), "settings": settings}
+
+
+def _trace_values(key: str, value: Any) -> list[str]:
+    """The values of a setting; none set it back."""
+    values = [] if value is None else value if key == "trace_level" else [value]
+    if not isinstance(values, list):
+        raise invalid("attempt to access JSON non-array as array")
+    if not all(isinstance(text, str) for text in values):
+        raise invalid("attempt to access JSON non-string as string")
+    return values
+
+
+_MODELS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+_REPOSITORIES = ("/v2/repository", "/v2/repository/{repository}")
+_POST, _BOTH = ("POST",), ("GET", "POST")
+
+
+def _each(roots: Iterable[str], end: str) -> tuple[str, ...]:
+    return tuple(root + end for root in roots)
+
+
+def _memory(kind: str, end: str) -> tuple[str, ...]:
+    return _each((f"/v2/{kind}sharedmemory", f"/v2/{kind}sharedmemory/region/{{region}}"), end)
+
+
+_ROWS = (
+    _Row(("/v2",), "ServerMetadata", "Name, version and extensions"),
+    _Row(("/v2/health/live",), "ServerLive", "Whether the server runs",
+         show=lambda message: Response(status_code=200 if message.live else 400)),
+    _Row(("/v2/health/ready",), "ServerReady", "Whether all models are ready", show=_ready),
+    _Row(("/health", "/ping"), "ServerReady",
+         "Whether all models are ready, in the status codes that load balancers expect",
+         show=lambda message: Response(status_code=200 if message.ready else 503)),
+    _Row(("/version",), "ServerMetadata", "The server's version",
+         show=lambda message: _json({"version": message.version})),
+    _Row(("/v2/trace/setting", "/v2/models/{model}/trace/setting"), "TraceSetting",
+         "Trace settings of a model, or of all; POST changes them", _trace_settings, _traces, _BOTH),
+    _Row(("/v2/models/stats",), "ModelStatistics", "What was counted of all models"),
+    _Row(_MODELS, "ModelMetadata", "A model's tensors", _model),
+    _Row(_each(_MODELS, "/ready"), "ModelReady", "Whether one model is ready", _model, _model_ready),
+    _Row(_each(_MODELS, "/config"), "ModelConfig", "A model's configuration", _model,
+         lambda message: _shown(message.config)),
+    _Row(_each(_MODELS, "/stats"), "ModelStatistics", "What was counted of one model", _model),
+    _Row(_each(_REPOSITORIES, "/index"), "RepositoryIndex", "All models and their states", _index, _entries, _POST),
+    _Row(_each(_REPOSITORIES, "/models/{model}/load"), "RepositoryModelLoad", "Load a model, or load it again",
+         _load, _done, _POST),
+    _Row(_each(_REPOSITORIES, "/models/{model}/unload"), "RepositoryModelUnload", "Unload a model",
+         _unload, _done, _POST),
+    _Row(_memory("system", "/status"), "SystemSharedMemoryStatus", "The regions of shared memory", _region, _regions),
+    _Row(_memory("system", "/register"), "SystemSharedMemoryRegister", "Take a region of shared memory",
+         _register, _done, _POST),
+    _Row(_memory("system", "/unregister"), "SystemSharedMemoryUnregister", "Forget one region, or all",
+         _region, _done, _POST),
+    _Row(_memory("cuda", "/status"), "CudaSharedMemoryStatus", "There are no regions of CUDA shared memory",
+         _region, _regions),
+    _Row(_memory("cuda", "/register"), "CudaSharedMemoryRegister", "Not supported", methods=_POST),
+    _Row(_memory("cuda", "/unregister"), "CudaSharedMemoryUnregister", "Forgetting what is not there is no error",
+         show=_done, methods=_POST),
+)  # fmt: skip
 
 
 async def _object(request: Request, *, max_bytes: int = SMALL) -> dict[str, Any]:
@@ -245,14 +232,8 @@ def _json(value: object) -> Response:
     return Response(dump_json(value), media_type="application/json")
 
 
-def _json_nothing() -> Response:
-    return Response(media_type="application/json")
-
-
-async def _repository_parameters(request: Request, action: str = "load") -> dict[str, Any]:
-    if "repository" in request.path_params:
-        raise ServiceError(ErrorKind.UNSUPPORTED, "'repository_name' specification is not supported")
-    max_bytes = _MAX_LOAD_BYTES if action == "load" else SMALL
+async def _repository_parameters(request: Request, action: str, max_bytes: int = SMALL) -> dict[str, Any]:
+    refuse_repository(request.path_params.get("repository", ""))
     parameters = (await _object(request, max_bytes=max_bytes)).get("parameters", {})
     if not isinstance(parameters, dict):
         raise invalid("attempt to get members for non-object")
@@ -281,21 +262,6 @@ def _decoded(key: str, text: Any) -> bytes:
     raise invalid(f"load parameter '{key}' is not base64 text")
 
 
-def _trace_values(body: dict[str, Any]) -> dict[str, list[str] | None]:
-    settings: dict[str, list[str] | None] = {}
-    for key, value in body.items():
-        values = value if key == "trace_level" else [value]
-        if value is None:
-            settings[key] = None
-        elif not isinstance(values, list):
-            raise invalid("attempt to access JSON non-array as array")
-        elif not all(isinstance(text, str) for text in values):
-            raise invalid("attempt to access JSON non-string as string")
-        else:
-            settings[key] = values
-    return settings
-
-
 async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
@@ -319,3 +285,37 @@ def http_app(
     # starlette's own handling of unforeseen errors would also close the client's connection
     app.middleware_stack = ExceptionMiddleware(app.router, {HTTPException: _failed, Exception: _failed})
     return Guard(app, admission, max_request_bytes, inflight or InflightBytes())
+
+
+def to_json(message: Any) -> dict[str, Any]:
+    """A message as plain values for JSON, the way Triton writes them.
+
+    Every field in the order of the schema, unset ones with their defaults; of messages and choices the set ones.
+
+    Unlike protobuf's own JSON, whole numbers of 64 bits are numbers.
+    """
+    values: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.is_repeated:
+            values[field.name] = _map(field, value) if _is_map(field) else [_plain_value(field, each) for each in value]
+        elif not field.has_presence or message.HasField(field.name):
+            values[field.name] = _plain_value(field, value)
+    return values
+
+
+def _is_map(field: Any) -> bool:
+    return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
+
+
+def _map(field: Any, values: Any) -> dict[str, Any]:
+    kind = field.message_type.fields_by_name["value"]
+    return {str(key): _plain_value(kind, values[key]) for key in values}
+
+
+def _plain_value(field: Any, value: Any) -> Any:
+    if field.message_type is not None:
+        return to_json(value)
+    if field.enum_type is not None:
+        return field.enum_type.values_by_number[value].name
+    return value

@@ -14,10 +14,10 @@ from typing import Any, TextIO
 
 from hasten.core.errors import ConfigError
 from hasten.core.text import shortened
+from hasten.server.options import LOG_FORMATS, LogOptions
 from hasten.server.types import ErrorKind, ServiceError, invalid
 
-LOG_FORMATS = ("default", "ISO8601", "text", "json")
-
+_LOG_DEFAULTS = LogOptions()
 _LOGGERS = {"hasten": logging.DEBUG, "uvicorn": logging.WARNING, "opentelemetry": logging.WARNING}
 _TRACE_DEFAULTS: dict[str, str] = {"trace_rate": "1000", "trace_count": "-1", "log_frequency": "0"}
 _RANGE = {"trace_rate": (0, 2**32 - 1), "trace_count": (-1, 2**31 - 1), "log_frequency": (0, 2**32 - 1)}
@@ -102,24 +102,10 @@ def _check_trace_level(given: Sequence[str]) -> None:
 class LogSettings:
     """What the server writes to its log, as a filter and a formatter of Python's logging."""
 
-    def __init__(
-        self,
-        *,
-        file: str = "",
-        info: bool = True,
-        warning: bool = True,
-        error: bool = True,
-        verbose: int = 0,
-        log_format: str = "default",
-    ) -> None:
-        self._values: dict[str, Any] = {
-            "log_file": file,
-            "log_info": info,
-            "log_warning": warning,
-            "log_error": error,
-            "log_verbose_level": verbose,
-            "log_format": log_format,
-        }
+    def __init__(self, options: LogOptions = _LOG_DEFAULTS) -> None:
+        names = ("log_file", "log_info", "log_warning", "log_error", "log_verbose", "log_format")
+        values: dict[str, Any] = {name: getattr(options, name) for name in names}
+        self._values = {("log_verbose_level" if name == "log_verbose" else name): values[name] for name in names}
 
     def get(self) -> dict[str, Any]:
         """All settings."""

@@ -1,4 +1,4 @@
-"""System shared memory that clients register, so that tensors need not travel.
+"""System shared memory that clients register, so that tensors need not travel; and what clients want done with outputs.
 
 A region is a part of a POSIX shared memory object. It is read and written with pread and pwrite and never mapped: a
 client that shrinks its object cannot crash the server, and what was checked is what is used. CUDA shared memory is not
@@ -8,14 +8,18 @@ offered.
 import os
 import stat
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hasten.server.inflight import Claim
 from hasten.server.options import SecurityOptions
-from hasten.server.types import ErrorKind, Parameter, ServiceError, invalid
+from hasten.server.protocol.tensors import to_bytes
+from hasten.server.types import ErrorKind, InferResponse, Parameter, RequestedOutput, ServiceError, Tensor, invalid
 
 FOLDER = Path("/dev/shm")
 REGION, BYTE_SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
@@ -205,3 +209,78 @@ def _open(key: str) -> int:
         os.close(descriptor)
         raise invalid(f"Unable to open shared memory region: '{key}': it is no shared memory object")
     return descriptor
+
+
+_NUMBERS = ("UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP32", "FP64")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What is to be done with one output."""
+
+    classes: int = 0
+    """Send this many classes instead; 0: the tensor."""
+    slice: Slice | None = None
+    """Write it there instead of sending it."""
+
+
+def placements(outputs: Sequence[RequestedOutput], memory: SharedMemory) -> dict[str, Placement]:
+    """What is to be done with which output, for those that are not sent as they are; INVALID where it is unclear."""
+    found: dict[str, Placement] = {}
+    for output in outputs:
+        if not output.parameters:
+            continue
+        classes = output.parameters.get("classification", 0)
+        if type(classes) is not int:
+            raise invalid("invalid value type for 'classification' parameter, expected int64_param")
+        if classes < 0 or (classes == 0 and "classification" in output.parameters):
+            raise invalid("invalid value for 'classification' parameter, expected >= 0")
+        if classes and REGION in output.parameters:
+            raise invalid("output can't set both 'shared_memory_region' and 'classification'")
+        where = memory.slice_of(output.name, output.parameters)
+        if where is not None or classes:
+            found[output.name] = Placement(classes, where)
+    return found
+
+
+def deliver(response: InferResponse, wanted: Mapping[str, Placement], *, batched: bool) -> set[str]:
+    """Do with a response's outputs what is wanted; the names of those that are in shared memory now."""
+    if not wanted:
+        return set()
+    return {output.name for output in response.outputs if _deliver(response, output, wanted, batched=batched)}
+
+
+def _deliver(response: InferResponse, output: Tensor, wanted: Mapping[str, Placement], *, batched: bool) -> bool:
+    what = wanted.get(output.name)
+    if what is None:
+        return False
+    if what.slice is not None:
+        what.slice.write(output.name, to_bytes(output))
+        return True
+    at = next(at for at, each in enumerate(response.outputs) if each is output)
+    response.outputs[at] = classify(output, what.classes, batched=batched)
+    return False
+
+
+def classify(tensor: Tensor, classes: int, *, batched: bool) -> Tensor:
+    """Triton's classification: the `classes` largest values as texts `value:index`, of a tensor, or if it is `batched`
+    of each row of its first axis: BYTES [rows, n].
+
+    The largest comes first, of equal ones the one with the smaller index. INVALID for what is no number.
+    """
+    if tensor.datatype not in _NUMBERS:
+        raise invalid(f"class result not available for output due to unsupported type '{tensor.datatype}'")
+    rows = tensor.data.reshape(tensor.shape[0] if batched and tensor.shape else 1, -1)
+    kept = min(classes, rows.shape[1])
+    texts: NDArray[Any] = np.empty((len(rows), kept), dtype=object)
+    for at, row in enumerate(rows):
+        texts[at] = _largest(row, kept)
+    shape = texts.shape if batched else texts.shape[1:]
+    return Tensor(tensor.name, "BYTES", shape, texts.reshape(shape))
+
+
+def _largest(row: NDArray[Any], count: int) -> list[bytes]:
+    floating = row.dtype.kind == "f"
+    # a complement turns integers round where a minus would overflow
+    order = np.argsort(-row if floating else ~row, kind="stable")[:count]
+    return [(f"{row[at]:f}:{at}" if floating else f"{row[at]}:{at}").encode() for at in order.tolist()]

@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 import numpy as np
 from tritonclient.grpc import model_config_pb2
 
+from hasten.server.create import ENVIRONMENT
 from hasten.server.models.config import parse_config_json
 from hasten.server.models.parameters import CHECKPOINT, TOKENIZER, checkpoint_folder
 from hasten.server.protocol.tensors import NUMPY
-from hasten.server.python_backend.repository import ENVIRONMENT
 from hasten.server.repository import MemoryRepository
 from hasten.server.service import ControlMode, Service
 from hasten.server.types import ErrorKind, InferRequest, RequestedOutput, ServiceError, Tensor

@@ -1,25 +1,142 @@
-"""A request of the Responses API as a chat."""
+"""Requests of OpenAI's Responses API, its stateless part, and the chats that they are. Others are refused by name."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Raw
 
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.types import (
     ChatMessage,
     ChatRequest,
     ContentPart,
+    FieldsWithoutEffect,
     FunctionCall,
     FunctionName,
+    JsonSchema,
     NamedToolChoice,
+    ResponseFormat,
+    SharedFields,
+    StreamOptions,
+    Tool,
     ToolCall,
 )
-from hasten.server.responses.types import LOGPROBS, InputItem, ResponsesRequest, ResponseToolChoice
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """What the answer's text keeps to."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema: Raw = msgspec.field(default_factory=Raw)
+
+    def shown(self) -> dict[str, Any]:
+        """What an answer says of it."""
+        given = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: value for name, value in given.items() if value is not None and value != Raw()}
+
+    def as_chat(self) -> ResponseFormat:
+        """The same as a chat has it."""
+        schema = JsonSchema(self.name, self.description, self.strict, self.schema)
+        return ResponseFormat(self.type, schema if self.type == "json_schema" else None)
+
+
+class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """How the answer's text is written."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class ResponseTool(msgspec.Struct, forbid_unknown_fields=True):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseToolChoice(msgspec.Struct, forbid_unknown_fields=True):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class InputItem(msgspec.Struct):
+    """A message, a call or its result; `type` says which, and what else it has does not matter."""
+
+    type: str | None = None
+    """message (the default), reasoning, function_call or function_call_output."""
+    role: str | None = None
+    content: str | list[ContentPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[ContentPart] | None = None
+
+
+class ResponsesRequest(FieldsWithoutEffect, kw_only=True):
+    """POST /v1/responses; `null` stands for a field that is left out."""
+
+    input: str | list[InputItem]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    stream_options: StreamOptions | None = None
+    text: TextOptions | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    include: list[str] | None = None
+    """message.output_text.logprobs alone."""
+    top_logprobs: int | None = None
+    reasoning: dict[str, Any] | None = None
+    """`effort` alone, for templates that know it."""
+
+    # Refused unless they ask for nothing: no answer is kept, and no model here looks things up.
+    store: bool | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    background: bool | None = None
+    truncation: str | None = None
+    max_tool_calls: int | None = None
+    prompt: Any = None
+    service_tier: str | None = None
+
+    # vLLM's extensions
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: str | list[str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether the answer's text has the log-probabilities of its tokens."""
+        return self.include is not None and LOGPROBS in self.include
+
+    def chat_tools(self) -> list[Tool] | None:
+        """The tools as a chat has them."""
+        if self.tools is None:
+            return None
+        return [msgspec.convert({"type": "function", "function": _function(tool)}, Tool) for tool in self.tools]
+
+
+def _function(tool: ResponseTool) -> dict[str, Any]:
+    return {"name": tool.name, "description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
+
 
 _MAX_ITEMS = 4096
 _TEXTS = ("input_text", "output_text", "text")
-_SAME = (
-    *("model", "temperature", "top_p", "stream", "parallel_tool_calls", "top_k", "min_p", "repetition_penalty"),
-    *("seed", "stop", "ignore_eos", "priority", "chat_template_kwargs", "cache_salt"),
-)
+_OWN = ("parallel_tool_calls", "min_p", "repetition_penalty", "stop", "chat_template_kwargs")
+_SAME = (*SharedFields.__struct_fields__, *_OWN)
 """Fields that chats have, too."""
 
 

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hasten.engine.text import AddedToken
 from hasten.server.tools.forms import HARMONY_CALLS, ToolForm
 from hasten.server.tools.harmony import HarmonyGrammar
-from hasten.server.tools.rules import json_rule, mark_rule
-from hasten.server.tools.xml_rules import xml_arguments
+from hasten.server.tools.rules import json_rule, mark_rule, xml_arguments
 
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 """The schema of a function that says nothing of its arguments."""
@@ -41,6 +41,8 @@ class ToolGrammar:
         self._tokens = tokens
         self._end_tokens = end_tokens
         self._several = several and not form.is_single
+        self._mark = partial(mark_rule, tokens=tokens)
+        self._opening = self._mark(form.opening)
         self._harmony = HarmonyGrammar(tokens, end_tokens) if form is HARMONY_CALLS else None
 
     def calls(self) -> str:
@@ -70,10 +72,6 @@ class ToolGrammar:
         text = ["ANY: /(?s:.*)/", f"head[lazy]: ANY {self._opening}"]
         start = "start: (head calls)* ANY" if self._several else "start: ANY | head calls"
         return "\n".join([start, *text, *self._rules("")])
-
-    @property
-    def _opening(self) -> str:
-        return self._mark(self._form.opening)
 
     def _rules(self, opening: str) -> list[str]:
         """The rule of all calls, each behind `opening`, and those that it needs."""
@@ -110,9 +108,6 @@ class ToolGrammar:
                 call = f'"\\n" {call} "\\n" {self._mark(form.closing)}'
             call = f"{opening} {call}"
         return f"call{number}: {call}\n{arguments}: {_json(function)}"
-
-    def _mark(self, text: str) -> str:
-        return mark_rule(text, self._tokens)
 
 
 def _schema(function: GrammarFunction) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from hasten.engine.text import AddedToken
 from hasten.server.tools.reader import MAX_SPACE, ReasoningPiece, Span, StepReader, TextPiece, begun_mark
@@ -117,6 +118,7 @@ class HarmonyGrammar:
     def __init__(self, tokens: Mapping[str, AddedToken], end_tokens: Sequence[int]) -> None:
         self._tokens = tokens
         self._end_tokens = end_tokens
+        self._mark = partial(mark_rule, tokens=tokens)
 
     def answer(self, rules: str) -> str:
         """Reasoning, if any, and a final message by the rule `answer` of some rules."""
@@ -162,6 +164,3 @@ class HarmonyGrammar:
         """Any text without marks."""
         marks = {self._tokens[mark].number for mark in _ALL if mark in self._tokens}
         return f"<[^{','.join(map(str, sorted(marks | set(self._end_tokens))))}]>*"
-
-    def _mark(self, text: str) -> str:
-        return mark_rule(text, self._tokens)

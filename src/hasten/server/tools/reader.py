@@ -98,6 +98,8 @@ class StepReader:
         self._after_call = True
         self._has_arguments = False
         self._pieces: list[Piece] = []
+        self._held: list[str] = []
+        """Text of a call whose name is not known yet."""
 
     @property
     def reasoned(self) -> Sequence[Span]:
@@ -112,6 +114,8 @@ class StepReader:
         """See AnswerReader."""
         self._run("", last=True)
         self._finish()
+        if held := self._dropped():
+            self._put_text(held)
         if self._space and not self.calls:
             self._pieces.append(TextPiece(self._space))
         return self._taken()
@@ -131,6 +135,12 @@ class StepReader:
                 break
             at = new
         return [] if last else self._taken()
+
+    def _dropped(self) -> str:
+        """What is held, and is not any more."""
+        text = "".join(self._held)
+        self._held.clear()
+        return text
 
     def _taken(self) -> list[Piece]:
         pieces, self._pieces = self._pieces, []

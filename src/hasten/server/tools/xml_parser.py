@@ -7,7 +7,7 @@ from typing import Any
 
 from hasten.server.tools.forms import ToolForm
 from hasten.server.tools.reader import MAX_SPACE, StepReader, begun_mark, space_end
-from hasten.server.tools.xml_values import is_text, json_argument, kinds
+from hasten.server.tools.rules import is_text, json_argument, kinds
 
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
@@ -28,17 +28,11 @@ class XmlToolParser(StepReader):
         self._marks = re.compile(f"{re.escape(form.opening)}|{_FUNCTION}")
         self._schemas = schemas
         self._inner = (_FUNCTION_END, _PARAMETER, form.closing)
-        self._held = ""
-        """Marks of a call whose name is not known yet."""
         self._schema: Mapping[str, Any] = {}
         self._kinds = frozenset[str]()
         self._value: list[str] = []
         """A value that is no string, so far."""
         self._parameters = 0
-
-    def _finish(self) -> None:
-        if self._held:
-            self._release()
 
     def _text(self, text: str, at: int, last: bool) -> int:
         """Text, up to the next mark of calls, or of a function without it."""
@@ -48,7 +42,7 @@ class XmlToolParser(StepReader):
             self._put_text(text[at : len(text) - held])
             return len(text) - held
         self._put_text(text[at : found.start()])
-        self._held = found[0]
+        self._held = [found[0]]
         self._step = self._name if found[0] == _FUNCTION else self._opened
         return found.end()
 
@@ -56,7 +50,7 @@ class XmlToolParser(StepReader):
         """What follows the mark of calls: a function."""
         begin = space_end(text, at)
         if text.startswith(_FUNCTION, begin):
-            self._held += text[at:begin] + _FUNCTION
+            self._held.append(text[at:begin] + _FUNCTION)
             self._step = self._name
             return begin + len(_FUNCTION)
         if not last and _FUNCTION.startswith(text[begin : begin + len(_FUNCTION)]) and begin - at <= MAX_SPACE:
@@ -70,10 +64,10 @@ class XmlToolParser(StepReader):
         if end < 0 and not last and len(text) - at <= MAX_SPACE:
             return at
         name = text[at:end].strip()
-        if end < 0 or not name or (name not in self._schemas and self._held == _FUNCTION):
+        if end < 0 or not name or (name not in self._schemas and self._held == [_FUNCTION]):
             self._release()
             return at
-        self._held = ""
+        self._held.clear()
         self._schema = self._schemas.get(name) or {}
         self._parameters = 0
         self._begin_call(name)
@@ -154,6 +148,5 @@ class XmlToolParser(StepReader):
 
     def _release(self) -> None:
         """What was held was no call."""
-        text, self._held = self._held, ""
-        self._put_text(text)
+        self._put_text(self._dropped())
         self._step = self._text
