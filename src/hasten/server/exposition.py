@@ -4,7 +4,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from operator import attrgetter
+from typing import Any
 
 
 @dataclass
@@ -49,29 +50,27 @@ Labels = Mapping[str, str]
 
 
 Value = float | Histogram | None
-Source = TypeVar("Source")
-Subjects = Sequence[tuple[Labels, Source]]
-"""What is exposed: each thing with the labels of its samples."""
 
 
 @dataclass(frozen=True)
-class Metric(Generic[Source]):
+class Metric:
     """A metric, and where its samples come from."""
 
     name: str
     kind: str
     help: str
-    value: Callable[[Source], Value | Mapping[Any, Value]]
-    """Of a thing that is exposed; None: it has none. Several are by the values of `label`."""
+    value: str | Callable[[Any], Value | Mapping[Any, Value]]
+    """Of a thing that is exposed, or its attribute's name; None: it has none. Several are by the values of `label`."""
     label: str = ""
 
 
-def families(prefix: str, metrics: Iterable[Metric[Source]], subjects: Subjects[Source]) -> "Iterator[Family]":
-    """All samples of metrics, whose names begin with `prefix`."""
+def families(prefix: str, metrics: Iterable[Metric], subjects: Sequence[tuple[Labels, Any]]) -> "Iterator[Family]":
+    """All samples of metrics, whose names begin with `prefix`; `subjects`: things, with the labels of their samples."""
     for metric in metrics:
+        read = attrgetter(metric.value) if isinstance(metric.value, str) else metric.value
         family = Family(prefix + metric.name, metric.kind, metric.help)
         for labels, source in subjects:
-            value = metric.value(source)
+            value = read(source)
             if isinstance(value, Mapping):
                 for name, each in value.items():
                     family.add({**labels, metric.label: name}, each)

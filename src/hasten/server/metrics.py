@@ -5,8 +5,9 @@ Counters are there, at 0, from the moment a model is loaded.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
+from operator import methodcaller
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -15,32 +16,27 @@ from starlette.routing import Route
 
 from hasten import __version__
 from hasten.server.access import AccessLog
-from hasten.server.engine.counters import EngineCounters
 from hasten.server.engine.queue import QUEUE_REASONS
 from hasten.server.exposition import CONTENT_TYPE, Family, Labels, Metric, families
 from hasten.server.inflight import InflightBytes
-from hasten.server.machine import CpuMeter, CpuReading, GpuMeter
+from hasten.server.machine import CpuMeter, GpuMeter
 from hasten.server.openai.models import models_by_id
-from hasten.server.statistics import ModelCounters
 from hasten.server.types import ServiceError
 from hasten.server.vllm_metrics import cache_usage, vllm_families
 
 if TYPE_CHECKING:
-    from hasten.engine.stats import EngineStats
-    from hasten.server.engine.client import EngineClient
-    from hasten.server.engine.replica import Replica
     from hasten.server.service import Service
 
 Key = tuple[str, str]
 """Model and version."""
 
-_CPU: Sequence[Metric[CpuReading]] = (
-    Metric("utilization", "gauge", "CPU utilization rate [0.0 - 1.0]", lambda cpu: cpu.utilization),
-    Metric("memory_total_bytes", "gauge", "CPU total memory (RAM), in bytes", lambda cpu: cpu.memory_total),
-    Metric("memory_used_bytes", "gauge", "CPU used memory (RAM), in bytes", lambda cpu: cpu.memory_used),
+_CPU: Sequence[Metric] = (
+    Metric("utilization", "gauge", "CPU utilization rate [0.0 - 1.0]", "utilization"),
+    Metric("memory_total_bytes", "gauge", "CPU total memory (RAM), in bytes", "memory_total"),
+    Metric("memory_used_bytes", "gauge", "CPU used memory (RAM), in bytes", "memory_used"),
 )
-_GPU: Sequence[Metric[Mapping[str, float]]] = tuple(
-    Metric(name, kind, text, lambda gpu, key=key: gpu.get(key))  # type: ignore[misc]  # a default is an argument too
+_GPU: Sequence[Metric] = tuple(
+    Metric(name, kind, text, methodcaller("get", key))
     for key, name, kind, text in (
         ("utilization", "nv_gpu_utilization", "gauge", "GPU utilization rate [0.0 - 1.0)"),
         ("memory_total", "nv_gpu_memory_total_bytes", "gauge", "GPU total memory, in bytes"),
@@ -50,54 +46,41 @@ _GPU: Sequence[Metric[Mapping[str, float]]] = tuple(
         ("energy", "nv_energy_consumption", "counter", "GPU energy consumption in joules since the server started"),
     )
 )
-_TRITON: Sequence[Metric[ModelCounters]] = (
+_TRITON: Sequence[Metric] = (
     Metric("request_failure", "counter", "Number of failed inference requests, all batch sizes",
            lambda model: {reason.value: count for reason, count in model.failures.items()}, "reason"),
-    Metric("request_success", "counter", "Number of successful inference requests, all batch sizes",
-           lambda model: model.success.count),
-    Metric("count", "counter", "Number of inferences performed (does not include cached requests)",
-           lambda model: model.inference_count),
+    Metric("request_success", "counter", "Number of successful inference requests, all batch sizes", "success.count"),
+    Metric("count", "counter", "Number of inferences performed (does not include cached requests)", "inference_count"),
     Metric("exec_count", "counter", "Number of model executions performed (does not include cached requests)",
-           lambda model: model.execution_count),
-    Metric("request_duration_us", "counter", "Cumulative inference request duration in microseconds",
-           lambda model: model.success.ns // 1000),
-    Metric("queue_duration_us", "counter", "Cumulative inference queuing duration in microseconds",
-           lambda model: model.queue.ns // 1000),
+           "execution_count"),
+    Metric("request_duration_us", "counter", "Cumulative inference request duration in microseconds", "success.us"),
+    Metric("queue_duration_us", "counter", "Cumulative inference queuing duration in microseconds", "queue.us"),
     Metric("compute_input_duration_us", "counter", "Cumulative compute input duration in microseconds",
-           lambda model: model.compute.input.ns // 1000),
+           "compute.input.us"),
     Metric("compute_infer_duration_us", "counter", "Cumulative compute inference duration in microseconds",
-           lambda model: model.compute.infer.ns // 1000),
+           "compute.infer.us"),
     Metric("compute_output_duration_us", "counter", "Cumulative inference compute output duration in microseconds",
-           lambda model: model.compute.output.ns // 1000),
+           "compute.output.us"),
     Metric("pending_request_count", "gauge", "Instantaneous number of pending requests awaiting execution per-model.",
-           lambda model: model.pending),
+           "pending"),
 )  # fmt: skip
-_LOAD: Metric[ModelCounters] = Metric(
-    "nv_model_load_duration_secs", "gauge", "Model load time in seconds", lambda model: model.load_seconds
-)
-_FIRST_RESPONSE: Metric[ModelCounters] = Metric(
-    "nv_inference_first_response_histogram_ms",
-    "histogram",
-    "Duration from request to first response in milliseconds",
-    lambda model: model.first_response_ms,
-)
-_LANGUAGE: Sequence[Metric[EngineCounters]] = (
+_LOAD = Metric("load_duration_secs", "gauge", "Model load time in seconds", "load_seconds")
+_FIRST_RESPONSE = Metric("first_response_histogram_ms", "histogram", "Duration from request to first response in "
+                         "milliseconds", "first_response_ms")  # fmt: skip
+_LANGUAGE: Sequence[Metric] = (
     Metric("time_to_first_token_seconds", "histogram", "Time from a request to its first token, whether or not it "
-           "streams", lambda counted: counted.time_to_first_token),
+           "streams", "time_to_first_token"),
     Metric("time_per_output_token_seconds", "histogram", "Time per token of a request, from its first token to its "
-           "end", lambda counted: counted.time_per_output_token),
-    Metric("e2e_request_latency_seconds", "histogram", "Time from a request to its end",
-           lambda counted: counted.latency),
-    Metric("queue_time_seconds", "histogram", "Time that a request waited before it was begun",
-           lambda counted: counted.queue_time),
-    Metric("prompt_tokens_total", "counter", "Tokens of prompts", lambda counted: counted.prompt_tokens),
-    Metric("generation_tokens_total", "counter", "Tokens generated", lambda counted: counted.generation_tokens),
-    Metric("texts_total", "counter", "Texts of which a vector or scores were made", lambda counted: counted.texts),
-    Metric("completions_total", "counter", "Completions by how they ended", lambda counted: counted.finished, "reason"),
+           "end", "time_per_output_token"),
+    Metric("e2e_request_latency_seconds", "histogram", "Time from a request to its end", "latency"),
+    Metric("queue_time_seconds", "histogram", "Time that a request waited before it was begun", "queue_time"),
+    Metric("prompt_tokens_total", "counter", "Tokens of prompts", "prompt_tokens"),
+    Metric("generation_tokens_total", "counter", "Tokens generated", "generation_tokens"),
+    Metric("texts_total", "counter", "Texts of which a vector or scores were made", "texts"),
+    Metric("completions_total", "counter", "Completions by how they ended", "finished", "reason"),
 )  # fmt: skip
-_ENGINE: "Sequence[Metric[EngineClient]]" = (
-    Metric("engine_restarts_total", "counter", "Times that a dead engine was started again",
-           lambda engine: engine.restarts),
+_ENGINE: Sequence[Metric] = (
+    Metric("engine_restarts_total", "counter", "Times that a dead engine was started again", "restarts"),
     Metric("requests_refused_total", "counter", "Requests that were not begun, by the reason",
            lambda engine: {reason: engine.refused[reason] for reason in QUEUE_REASONS}, "reason"),
     Metric("token_delivery_seconds", "histogram", "Time that tokens took from the engine's process to the server's "
@@ -105,55 +88,46 @@ _ENGINE: "Sequence[Metric[EngineClient]]" = (
     Metric("estimated_wait_seconds", "gauge", "Estimated time until a request of default priority that came now would "
            "be begun", lambda engine: engine.estimated_wait()),
 )  # fmt: skip
-_STATS: "Sequence[Metric[EngineStats]]" = (
-    Metric("requests_running", "gauge", "Requests that have begun and are not finished", lambda stats: stats.running),
-    Metric("requests_waiting", "gauge", "Requests in the queue", lambda stats: stats.waiting),
+_STATS: Sequence[Metric] = (
+    Metric("requests_running", "gauge", "Requests that have begun and are not finished", "running"),
+    Metric("requests_waiting", "gauge", "Requests in the queue", "waiting"),
     Metric("kv_cache_usage_ratio", "gauge", "Share of the key/value cache's blocks in use [0.0 - 1.0]", cache_usage),
     Metric("prefix_cache_hit_tokens_total", "counter", "Tokens of prompts that were found in the prefix cache",
-           lambda stats: stats.prefix_hit_tokens),
+           "prefix_hit_tokens"),
     Metric("prefix_cache_query_tokens_total", "counter", "Tokens of prompts that were looked up in the prefix cache",
-           lambda stats: stats.prefix_query_tokens),
-    Metric("preemptions_total", "counter", "Times that a request had to give its cache blocks back",
-           lambda stats: stats.preemptions),
-    Metric("engine_steps_total", "counter", "Steps of the engine", lambda stats: stats.steps),
+           "prefix_query_tokens"),
+    Metric("preemptions_total", "counter", "Times that a request had to give its cache blocks back", "preemptions"),
+    Metric("engine_steps_total", "counter", "Steps of the engine", "steps"),
     Metric("engine_mixed_steps_total", "counter", "Steps that computed prompts while other requests decoded",
-           lambda stats: stats.mixed_steps),
+           "mixed_steps"),
     Metric("engine_limited_steps_total", "counter", "Mixed steps whose prompts were cut to keep to --itl-target",
-           lambda stats: stats.limited_steps),
-    Metric("engine_mixed_step_seconds_total", "counter", "Time of mixed steps, measured",
-           lambda stats: stats.mixed_seconds),
+           "limited_steps"),
+    Metric("engine_mixed_step_seconds_total", "counter", "Time of mixed steps, measured", "mixed_seconds"),
     Metric("engine_mixed_step_predicted_seconds_total", "counter", "Time of mixed steps, as predicted",
-           lambda stats: stats.predicted_mixed_seconds),
+           "predicted_mixed_seconds"),
 )  # fmt: skip
-_REPLICA: "Sequence[Metric[Replica]]" = (
+_REPLICA: Sequence[Metric] = (
     Metric("ready", "gauge", "Whether the engine computes requests: 1, or 0 while it starts again or stands still",
-           lambda replica: replica.ready),
-    Metric("restarts_total", "counter", "Times that the engine was started again after it had died",
-           lambda replica: replica.restarts),
-    Metric("requests_running", "gauge", "Requests that the engine has begun and not finished",
-           lambda replica: replica.stats().running),
-    Metric("requests_waiting", "gauge", "Requests that the engine has and has not begun",
-           lambda replica: replica.stats().waiting),
+           "ready"),
+    Metric("restarts_total", "counter", "Times that the engine was started again after it had died", "restarts"),
+)  # fmt: skip
+_REPLICA_STATS: Sequence[Metric] = (
+    Metric("requests_running", "gauge", "Requests that the engine has begun and not finished", "running"),
+    Metric("requests_waiting", "gauge", "Requests that the engine has and has not begun", "waiting"),
     Metric("kv_cache_usage_ratio", "gauge", "Share of the blocks of the engine's key/value cache in use [0.0 - 1.0]",
-           lambda replica: cache_usage(replica.stats())),
+           cache_usage),
     Metric("prefix_cache_hit_tokens_total", "counter", "Tokens of prompts that the engine found in its prefix cache",
-           lambda replica: replica.stats().prefix_hit_tokens),
-    Metric("prompt_tokens_total", "counter", "Tokens of the prompts that the engine has taken",
-           lambda replica: replica.stats().prompt_tokens),
-    Metric("generation_tokens_total", "counter", "Tokens that the engine has generated",
-           lambda replica: replica.stats().generation_tokens),
+           "prefix_hit_tokens"),
+    Metric("prompt_tokens_total", "counter", "Tokens of the prompts that the engine has taken", "prompt_tokens"),
+    Metric("generation_tokens_total", "counter", "Tokens that the engine has generated", "generation_tokens"),
 )  # fmt: skip
 """Of each engine of a model; what the models' own metrics have is the sum."""
-_SERVER: "Sequence[Metric[Metrics]]" = (
+_SERVER: Sequence[Metric] = (
     Metric("build_info", "gauge", "Always 1; the version is a label", lambda _: {__version__: 1}, "version"),
-    Metric("inflight_request_bytes", "gauge", "Bytes of requests in flight, of each beyond 64 KiB",
-           lambda server: server.inflight.held),
-    Metric("inflight_refusals_total", "counter", "Requests refused for --max-inflight-bytes",
-           lambda server: server.inflight.refusals),
+    Metric("inflight_request_bytes", "gauge", "Bytes of requests in flight, of each beyond 64 KiB", "inflight.held"),
+    Metric("inflight_refusals_total", "counter", "Requests refused for --max-inflight-bytes", "inflight.refusals"),
 )  # fmt: skip
-_CALLS: Metric[int] = Metric(
-    "hasten_api_calls_total", "counter", "Calls by API and by the status of their answer", lambda count: count
-)
+_CALLS = Metric("api_calls_total", "counter", "Calls by API and by the status of their answer", lambda count: count)
 
 
 class Machine:
@@ -213,15 +187,16 @@ class Metrics:
         calls = sorted(self._access.counts.items())
         found = chain(
             families("nv_inference_", _TRITON, models),
-            families("", (_LOAD,), models),
-            families("", (_FIRST_RESPONSE,), responding),
+            families("nv_model_", (_LOAD,), models),
+            families("nv_inference_", (_FIRST_RESPONSE,), responding),
             families("hasten_", _LANGUAGE, language),
             families("hasten_", _ENGINE, clients),
             families("hasten_", _STATS, [(labels, engine.stats()) for labels, engine in clients]),
             families("hasten_replica_", _REPLICA, replicas),
+            families("hasten_replica_", _REPLICA_STATS, [(labels, replica.stats()) for labels, replica in replicas]),
             vllm_families({name: engines[key] for name, key in self._names().items()}),
             families("hasten_", _SERVER, [({}, self)]),
-            families("", (_CALLS,), [({"api": api, "status": status}, count) for (api, status), count in calls]),
+            families("hasten_", (_CALLS,), [({"api": api, "status": status}, count) for (api, status), count in calls]),
             self._machine.families(),
         )
         return "".join(family.text() for family in found)

@@ -41,6 +41,11 @@ class Duration:
         self.count += 1
         self.ns += max(0, ns)
 
+    @property
+    def us(self) -> int:
+        """In microseconds."""
+        return self.ns // 1000
+
     def message(self) -> service_pb2.StatisticDuration:
         """As the protocol has it."""
         return service_pb2.StatisticDuration(count=self.count, ns=self.ns)

@@ -53,32 +53,30 @@ def cache_usage(stats: "EngineStats") -> float:
     return stats.used_blocks / max(1, stats.num_blocks)
 
 
-_METRICS: Sequence[Metric[_Engine]] = (
-    Metric("num_requests_running", "gauge", "Requests in execution", lambda engine: engine.stats.running),
+_METRICS: Sequence[Metric] = (
+    Metric("num_requests_running", "gauge", "Requests in execution", "stats.running"),
     Metric("num_requests_waiting", "gauge", "Requests that wait to be executed",
            lambda engine: engine.stats.waiting + (0 if engine.index else engine.client.num_queued)),
     Metric("kv_cache_usage_perc", "gauge", "Share of the key/value cache in use; 1 is all of it",
            lambda engine: cache_usage(engine.stats)),
     Metric("prefix_cache_queries_total", "counter", "Tokens that were looked up in the prefix cache",
-           lambda engine: engine.stats.prefix_query_tokens),
+           "stats.prefix_query_tokens"),
     Metric("prefix_cache_hits_total", "counter", "Tokens that were found in the prefix cache",
-           lambda engine: engine.stats.prefix_hit_tokens),
-    Metric("num_preemptions_total", "counter", "Times that a request was preempted",
-           lambda engine: engine.stats.preemptions),
+           "stats.prefix_hit_tokens"),
+    Metric("num_preemptions_total", "counter", "Times that a request was preempted", "stats.preemptions"),
     Metric("estimated_flops_per_gpu_total", "counter", "Estimated floating point operations of each GPU",
-           lambda engine: engine.stats.estimated_flops),
+           "stats.estimated_flops"),
     Metric("estimated_read_bytes_per_gpu_total", "counter", "Estimated bytes that each GPU read from its memory",
-           lambda engine: engine.stats.estimated_read_bytes),
+           "stats.estimated_read_bytes"),
     Metric("estimated_write_bytes_per_gpu_total", "counter", "Estimated bytes that each GPU wrote to its memory",
-           lambda engine: engine.stats.estimated_write_bytes),
-    Metric("prompt_tokens_total", "counter", "Tokens of prompts", lambda engine: engine.counters.prompt_tokens),
+           "stats.estimated_write_bytes"),
+    Metric("prompt_tokens_total", "counter", "Tokens of prompts", "counters.prompt_tokens"),
     Metric("prompt_tokens_cached_total", "counter", "Tokens of prompts that were in the prefix cache",
-           lambda engine: engine.counters.cached_tokens),
-    Metric("generation_tokens_total", "counter", "Tokens generated", lambda engine: engine.counters.generation_tokens),
-    Metric("request_success_total", "counter", "Completions by how they ended",
-           lambda engine: engine.counters.finished, "finished_reason"),
+           "counters.cached_tokens"),
+    Metric("generation_tokens_total", "counter", "Tokens generated", "counters.generation_tokens"),
+    Metric("request_success_total", "counter", "Completions by how they ended", "counters.finished", "finished_reason"),
 )  # fmt: skip
-_OF_MODELS: "Sequence[Metric[EngineClient]]" = (
+_OF_MODELS: Sequence[Metric] = (
     Metric("admission_rejections_total", "counter", "Requests that were refused, by the reason",
            lambda client: {reason: client.refused[reason] for reason in QUEUE_REASONS}, "reason"),
 )  # fmt: skip
