@@ -68,11 +68,56 @@ class AccessLog:
 
     def http(self, app: ASGIApp) -> ASGIApp:
         """An application whose requests are recorded."""
-        return _RecordedApp(app, self)
 
-    def grpc(self) -> grpc.aio.ServerInterceptor:
-        """An interceptor that records calls."""
-        return _Interceptor(self)
+        async def recorded(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                await app(scope, receive, send)
+                return
+            status, headers = CLIENT_GONE, scope["headers"]
+            found = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers if key in _HEADERS}
+            api, path = _api(scope["path"]), quote(scope["path"], safe="/:")[:_LONGEST_PATH]
+            call = self.begin(api, f"{scope['method']} {path}", found)
+
+            async def answer(message: Message) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                    own = (REQUEST_ID.encode(), call.request_id.encode())
+                    message["headers"] = [*message.get("headers", ()), own]
+                await send(message)
+
+            current = current_call.set(call)
+            try:
+                await app(scope, receive, answer)
+            finally:
+                current_call.reset(current)
+                self.end(call, api, f"HTTP {scope['method']} {path}", str(status), failed=status >= _SERVER_ERROR)
+
+        return recorded
+
+    def grpc(self, method: str, handle: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+        """A handler of the calls of a method, by its path, which are recorded."""
+        name = method.rpartition("/")[2]
+        api = "probe" if name in OPEN_CALLS else "triton_grpc"
+
+        async def recorded(request: Any, context: Any) -> Any:
+            status, metadata = grpc.StatusCode.CANCELLED.name, context.invocation_metadata() or ()
+            call = self.begin(api, name, {key: value for key, value in metadata if isinstance(value, str)})
+            context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+            current = current_call.set(call)
+            try:
+                response = await handle(request, context)
+                status = grpc.StatusCode.OK.name
+                return response
+            except grpc.aio.AbortError:
+                code = context.code()
+                status = code.name if isinstance(code, grpc.StatusCode) else _GRPC_STATUS[code]
+                raise
+            finally:
+                current_call.reset(current)
+                self.end(call, api, f"gRPC {method}", status, failed=status in _SERVER_FAULTS)
+
+        return recorded
 
 
 def _log_call(level: int, call: Call, name: str, status: str) -> None:
@@ -100,74 +145,3 @@ def _api(path: str) -> str:
     if path == "/v2" or path.startswith("/v2/"):
         return "triton_http"
     return "page" if path in ("/", "/state") else "other"
-
-
-class _RecordedApp:
-    """ASGI middleware."""
-
-    def __init__(self, app: ASGIApp, calls: AccessLog) -> None:
-        self._app = app
-        self._calls = calls
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = CLIENT_GONE
-        found = ((key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"] if key in _HEADERS)
-        api, path = _api(scope["path"]), quote(scope["path"], safe="/:")[:_LONGEST_PATH]
-        call = self._calls.begin(api, f"{scope['method']} {path}", dict(found))
-        request_id = call.request_id.encode()
-
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), request_id)]
-            await send(message)
-
-        current = current_call.set(call)
-        try:
-            await self._app(scope, receive, answer)
-        finally:
-            current_call.reset(current)
-            self._calls.end(call, api, f"HTTP {scope['method']} {path}", str(status), failed=status >= _SERVER_ERROR)
-
-
-class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
-    def __init__(self, calls: AccessLog) -> None:
-        self._calls = calls
-
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        """The handler of a call, recorded; None where there is no such call."""
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        many = handler.request_streaming
-        headers = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
-        recorded = self._recorded(handler.stream_stream if many else handler.unary_unary, details.method, headers)
-        handler_type = grpc.stream_stream_rpc_method_handler if many else grpc.unary_unary_rpc_method_handler
-        return handler_type(recorded, handler.request_deserializer, handler.response_serializer)
-
-    def _recorded(self, handle: Callable[..., Awaitable[Any]], method: str, headers: Mapping[str, str]) -> Any:
-        name = method.rpartition("/")[2]
-        api = "probe" if name in OPEN_CALLS else "triton_grpc"
-
-        async def recorded(request: Any, context: Any) -> Any:
-            status = grpc.StatusCode.CANCELLED.name
-            call = self._calls.begin(api, name, headers)
-            context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-            current = current_call.set(call)
-            try:
-                response = await handle(request, context)
-                status = grpc.StatusCode.OK.name
-                return response
-            except grpc.aio.AbortError:
-                code = context.code()
-                status = code.name if isinstance(code, grpc.StatusCode) else _GRPC_STATUS[code]
-                raise
-            finally:
-                current_call.reset(current)
-                self._calls.end(call, api, f"gRPC {method}", status, failed=status in _SERVER_FAULTS)
-
-        return recorded

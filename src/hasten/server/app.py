@@ -105,7 +105,7 @@ class Server:
                 keys=self._keys,
                 tls=self._tls,
                 options=ends.grpc_channel(security),
-                interceptors=(self._access.grpc(),),
+                access=self._access,
             )
 
     async def start(self) -> None:

@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from hasten.core.errors import ConfigError
+from hasten.server.access import AccessLog
 from hasten.server.connections import ConnectionLimits, Connections
 from hasten.server.protocol.grpc import GrpcCalls, add_to_server
 from hasten.server.security import ApiKeys, TlsFiles
@@ -157,13 +158,13 @@ class GrpcListener:
         keys: ApiKeys | None = None,
         tls: TlsFiles | None = None,
         options: Sequence[tuple[str, int]] = (),
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        access: AccessLog | None = None,
     ) -> None:
         # gRPC says little of why it could not have a port
         open_port(address, port, flag).close()
         # two servers on one port would share its clients
-        self._server = grpc.aio.server(interceptors=interceptors, options=[("grpc.so_reuseport", 0), *options])
-        add_to_server(self._server, calls, keys)
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0), *options])
+        add_to_server(self._server, calls, keys, access or AccessLog())
         try:
             self.port: int = self._bind(joined(address, port), tls)
         except RuntimeError as error:

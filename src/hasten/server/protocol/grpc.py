@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2 as pb
 
+from hasten.server.access import AccessLog
 from hasten.server.by_size import by_size
 from hasten.server.call import set_tenant
 from hasten.server.errors import client_error, retry_after
@@ -23,6 +24,7 @@ from hasten.server.security import NO_KEY, OPEN_CALLS, ApiKeys
 from hasten.server.types import ErrorKind, InferResponse, ServiceError, invalid
 
 SERVICE = "inference.GRPCInferenceService"
+_HEALTH = "grpc.health.v1.Health"
 _DECOUPLED = "ModelInfer RPC doesn't support models with decoupled transaction policy"
 _PUSHBACK = "grpc-retry-pushback-ms"
 """Of trailing metadata: when gRPC's own retries try again."""
@@ -128,15 +130,14 @@ def _typed(key: str, parameter: Any, kind: str) -> Any:
     return getattr(parameter, kind)
 
 
-def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
+def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None, access: AccessLog) -> None:
     """Have a `grpc.aio.Server` serve these calls, and `grpc.health.v1.Health/Check` for a cluster's probes."""
     handlers = {}
     for name, handler in calls.handlers.items():
         serializer = None if name == "ModelInfer" else getattr(pb, f"{name}Response").SerializeToString
-        handlers[name] = grpc.unary_unary_rpc_method_handler(
-            _answering(handler, calls.readers[name], calls.inflight, None if name in OPEN_CALLS else keys),
-            response_serializer=serializer,
-        )
+        answer = _answering(handler, calls.readers[name], calls.inflight, None if name in OPEN_CALLS else keys)
+        recorded = access.grpc(f"/{SERVICE}/{name}", answer)
+        handlers[name] = grpc.unary_unary_rpc_method_handler(recorded, response_serializer=serializer)
 
     async def stream(requests: Any, context: Any) -> None:
         await _admit(context, keys)
@@ -146,13 +147,15 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None) -> None:
         if error is not None:
             await context.abort(grpc.StatusCode[error.kind.value.grpc], str(error))
 
-    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(stream)
+    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+        access.grpc(f"/{SERVICE}/ModelStreamInfer", stream)
+    )
 
     async def check(_request: bytes, _context: Any) -> bytes:
         return _SERVING if calls.service.is_ready() else _NOT_SERVING
 
-    health = {"Check": grpc.unary_unary_rpc_method_handler(check)}
-    for name, methods in ((SERVICE, handlers), ("grpc.health.v1.Health", health)):
+    health = {"Check": grpc.unary_unary_rpc_method_handler(access.grpc(f"/{_HEALTH}/Check", check))}
+    for name, methods in ((SERVICE, handlers), (_HEALTH, health)):
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
 
 
