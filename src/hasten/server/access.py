@@ -51,7 +51,8 @@ class AccessLog:
 
     def begin(self, api: str, name: str, headers: Mapping[str, str]) -> Call:
         """A call that has come; `headers`: its id and W3C's trace context, where it has them."""
-        request_id = _request_id(headers.get(REQUEST_ID, ""))
+        given = headers.get(REQUEST_ID, "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         if api not in _MODEL_APIS:
             return Call(request_id)
         trace = None if self._tracing is None else self._tracing.call(name, headers, request_id)
@@ -130,10 +131,6 @@ def _log_call(level: int, call: Call, name: str, status: str) -> None:
     shown = "".join(f", {key} {value}" for key, value in about.items())
     text = "%s %s in %.1f ms, request id %s%s"
     _log.log(level, text, name, status, milliseconds, call.request_id, shown, extra={"fields": {**fields, **about}})
-
-
-def _request_id(given: str) -> str:
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
 
 def _api(path: str) -> str:

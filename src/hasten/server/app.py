@@ -191,13 +191,10 @@ class Server:
             if listener is not None:
                 _log.info("Started %s at %s", name, listener.address)
         if self.http is not None:
-            _log.info("ready: page at %s, OpenAI's API at %sv1", *2 * (self._url(self.http),))
-
-    def _url(self, listener: HttpListener) -> str:
-        """Where a browser on this machine finds a listener."""
-        address = self.options.endpoints.http_address
-        host = "localhost" if address in ("0.0.0.0", "::", "127.0.0.1", "::1") else address
-        return f"http{'s' if self._tls else ''}://{joined(host, listener.port)}/"
+            address = self.options.endpoints.http_address
+            host = "localhost" if address in ("0.0.0.0", "::", "127.0.0.1", "::1") else address
+            url = f"http{'s' if self._tls else ''}://{joined(host, self.http.port)}/"
+            _log.info("ready: page at %s, OpenAI's API at %sv1", url, url)
 
     async def stop(self, timeout: float) -> None:
         """Take no more requests, let those in flight finish for up to `timeout` seconds, and close the ports."""

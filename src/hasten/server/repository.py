@@ -164,8 +164,11 @@ class MemoryRepository:
 
     def describe(self, name: str) -> Description | None:
         """The model as it was given."""
-        config = self._configs.get(name)
-        return None if config is None else _described(name, config)
+        if name not in self._configs:
+            return None
+        config = completed(self._configs[name], name)
+        check_parameters(config, kind_of(config))
+        return Description(name, config, Path(), (1,))
 
     def override(self, name: str, config_json: str | None, files: Mapping[str, bytes]) -> Description | None:
         """The configuration is the program's; ConfigError for another one."""
@@ -186,12 +189,6 @@ class _SentFiles:
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         for name, content in files.items():
             _write_file(self.folder, name, content)
-
-
-def _described(name: str, given: model_config_pb2.ModelConfig) -> Description:
-    config = completed(given, name)
-    check_parameters(config, kind_of(config))
-    return Description(name, config, Path(), (1,))
 
 
 def _read_config(folder: Path) -> model_config_pb2.ModelConfig:

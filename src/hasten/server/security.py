@@ -47,7 +47,7 @@ class Hosts:
 
     def refusal(self, method: str, host: str, origin: str | None) -> str | None:
         """Why a request with these headers is refused, or None. A request without a `Host` is of no browser."""
-        if host and not self._may_be(_name(host)):
+        if host and not (self._any_host or self._is_own_name(_name(host))):
             return (
                 f"the host {host[:_LONGEST_SHOWN]!r} is none of this server's names; its operator allows it with "
                 "--allowed-host"
@@ -58,10 +58,8 @@ class Hosts:
             f"a page of {origin[:_LONGEST_SHOWN]!r} may not use this server; its operator allows it with --allowed-host"
         )
 
-    def _may_be(self, name: str) -> bool:
-        if self._any_host or name in self._names or name in self._own or name.endswith(".localhost"):
-            return True
-        return _is_address(name)
+    def _is_own_name(self, name: str) -> bool:
+        return name in self._names | self._own or name.endswith(".localhost") or _is_address(name)
 
     def _is_own(self, origin: str, host: str) -> bool:
         if self._any_origin:

@@ -166,7 +166,9 @@ class Service:
             return [entry for entry in entries if entry.state == State.READY]
         known = {each.name for each in versions}
         others = set(self._registry.repository.names()) | set(self._registry.failures)
-        entries += [self._never_loaded(name) for name in others - known]
+        for name in others - known:
+            failure = self._registry.failures.get(name)
+            entries.append(_entry(name) if failure is None else _entry(name, "", State.UNAVAILABLE, failure.reason))
         return sorted(entries, key=lambda entry: (entry.name, int(entry.version or 0)))
 
     def _state(self, version: Version) -> tuple[str, str]:
@@ -181,10 +183,6 @@ class Service:
         absent = [str(index) for index, replica in enumerate(replicas) if not replica.ready]
         text = f"{len(absent)} of {len(replicas)} replicas not ready: {', '.join(absent)}"
         return State.READY, text if absent else ""
-
-    def _never_loaded(self, name: str) -> service_pb2.RepositoryIndexResponse.ModelIndex:
-        failure = self._registry.failures.get(name)
-        return _entry(name) if failure is None else _entry(name, "", State.UNAVAILABLE, failure.reason)
 
     async def load(self, model: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Load a model or load it again, with another configuration and files if given; ServiceError if that fails."""

@@ -63,12 +63,9 @@ def option_table(options: ServeOptions, metadata: "service_pb2.ServerMetadataRes
     rows += [(f"model_repository_path[{at}]", path) for at, path in enumerate(options.model_repository)]
     models = options.model if options.engine is not None else options.repository
     for part in (models, options.server, options.endpoints, options.security):
-        rows += [(name, _shown(value)) for name, value in _fields(part) if name != "server_id"]
+        values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+        rows += [(name, _shown(value)) for name, value in values.items() if name != "server_id"]
     return table(("Option", "Value"), rows)
-
-
-def _fields(part: Any) -> Iterable[tuple[str, Any]]:
-    return ((field.name, getattr(part, field.name)) for field in dataclasses.fields(part))
 
 
 def _shown(value: Any) -> str:

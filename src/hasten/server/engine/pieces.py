@@ -1,7 +1,7 @@
 """Large outputs in pieces: a message is encoded by the engine and decoded by the server at once, and holds up both."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -16,7 +16,6 @@ _ENTRY_COST = 10
 """Of a log-probability."""
 _BYTES_PER_TOKEN = 64
 """Of a vector's numbers: they are copied, and not looked at."""
-Entry = TypeVar("Entry")
 
 
 def cost(output: "Output | Progress") -> int:
@@ -58,7 +57,8 @@ def split(output: Output, most: int = MAX_COST) -> list[Output]:
 
 def _prompt_parts(output: Output, most: int) -> Iterator[list[dict[int, Logprob] | None]]:
     logprobs = output.prompt_logprobs or []
-    return _chunks(logprobs, max(1, most // _token_cost(logprobs[-1:])))
+    length = max(1, most // _token_cost(logprobs[-1:]))
+    return (logprobs[begin : begin + length] for begin in range(0, len(logprobs), length))
 
 
 def _delta_parts(delta: CompletionDelta, most: int) -> Iterator[CompletionDelta]:
@@ -83,7 +83,3 @@ def _pooled_parts(pooled: PooledData, most: int) -> Iterator[PooledData]:
     length = most * _BYTES_PER_TOKEN
     for begin in range(0, len(pooled.data), length):
         yield replace(pooled, data=pooled.data[begin : begin + length])
-
-
-def _chunks(entries: list[Entry], length: int) -> Iterator[list[Entry]]:
-    return (entries[begin : begin + length] for begin in range(0, len(entries), length))

@@ -28,7 +28,6 @@ from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import CompletionDelta, EngineClient, EngineInfo, Progress
 from hasten.server.engine.ticket import Ticket
-from hasten.server.engine.wire import Logprob
 from hasten.server.json_size import check_json_size
 from hasten.server.models.config import is_decoupled
 from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS
@@ -322,10 +321,7 @@ def _chosen(delta: CompletionDelta) -> list[float]:
 def _logprobs_json(delta: CompletionDelta) -> str:
     """A list with an entry for each token; encoded one by one, so that other threads run between them."""
     positions = (
-        json.dumps({token: _entry(entry) for token, entry in position.items()}) for position in delta.logprobs or ()
+        json.dumps({token: msgspec.structs.asdict(entry) for token, entry in position.items()})
+        for position in delta.logprobs or ()
     )
     return f"[{', '.join(positions)}]"
-
-
-def _entry(entry: Logprob) -> dict[str, Any]:
-    return {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.decoded_token}

@@ -57,24 +57,19 @@ class Snapshot:
 
     def tensors(self, names: Set[str]) -> list[Tensor]:
         """The outputs with these names."""
+        end_ids = np.array([item.end_id for item in self.request.items], np.uint32)
         tensors = [
-            Tensor.of("output_ids", "UINT32", self._output_ids()),
+            Tensor.of("output_ids", "UINT32", _behind(self.ids, self.lengths, end_ids[:, np.newaxis, np.newaxis])),
             Tensor.of("sequence_length", "UINT32", self.lengths),
             Tensor.of("response_input_lengths", "INT32", self.prompt_lengths),
         ]
         if self.request.log_probs:
+            log_probs = _behind(self.log_probs, self.lengths - self.prompt_lengths, np.zeros((), np.float32))
             tensors += [
                 Tensor.of("cum_log_probs", "FP32", self.cumulative.astype(np.float32)),
-                Tensor.of("output_log_probs", "FP32", self._output_log_probs()),
+                Tensor.of("output_log_probs", "FP32", log_probs),
             ]
         return [tensor for tensor in tensors if tensor.name in names]
-
-    def _output_ids(self) -> NDArray[np.uint32]:
-        end_ids = np.array([item.end_id for item in self.request.items], np.uint32)
-        return _behind(self.ids, self.lengths, end_ids[:, np.newaxis, np.newaxis])
-
-    def _output_log_probs(self) -> NDArray[np.float32]:
-        return _behind(self.log_probs, self.lengths - self.prompt_lengths, np.zeros((), np.float32))
 
 
 def _behind(rows: NDArray[Any], lengths: NDArray[Any], filler: NDArray[Any]) -> NDArray[Any]:

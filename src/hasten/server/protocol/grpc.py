@@ -21,7 +21,7 @@ from hasten.server.protocol.operations import Handler, LoadRequest, Operations, 
 from hasten.server.protocol.proto import infer_response, parsed, parsed_infer
 from hasten.server.protocol.tensors import byte_size
 from hasten.server.security import NO_KEY, OPEN_CALLS, ApiKeys
-from hasten.server.types import ErrorKind, InferResponse, ServiceError, invalid
+from hasten.server.types import ErrorKind, ServiceError, invalid
 
 SERVICE = "inference.GRPCInferenceService"
 _HEALTH = "grpc.health.v1.Health"
@@ -69,7 +69,7 @@ class GrpcCalls:
     async def _infer(self, received: ReceivedInfer) -> bytes:
         """One request, one response, serialized."""
         response = await self.service.infer(received.request)
-        return await by_size(byte_size(response.outputs), _serialized, response, received)
+        return await by_size(byte_size(response.outputs), lambda: infer_response(response, received.deliver(response)))
 
     def _log_settings(self, request: Any) -> Any:
         """Log settings, after those in the request are changed."""
@@ -81,10 +81,6 @@ class GrpcCalls:
         kinds = {bool: "bool_param", int: "uint32_param"}
         settings = {key: {kinds.get(type(value), "string_param"): value} for key, value in self._logs.get().items()}
         return pb.LogSettingsResponse(settings=settings)
-
-
-def _serialized(response: InferResponse, received: ReceivedInfer) -> bytes:
-    return infer_response(response, received.deliver(response))
 
 
 def _message(kind: Any, raw: bytes, _: Claim) -> Any:

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ async def _load(request: Request) -> Fields:
         raise invalid("attempt to access JSON non-string as string")
     sent = {key: text for key, text in parameters.items() if _is_file(key)}
     size = sum(len(text) for text in sent.values() if isinstance(text, str))
-    files = await by_size(size, _decoded_files, sent)
+    files = await by_size(size, lambda: {key.removeprefix("file:"): _decoded(key, text) for key, text in sent.items()})
     return {"model": request.path_params["model"], "config": config, "files": files}
 
 
@@ -245,10 +245,6 @@ async def _repository_parameters(request: Request, action: str, max_bytes: int =
 
 def _is_file(key: str) -> bool:
     return key.startswith("file:")
-
-
-def _decoded_files(sent: Mapping[str, Any]) -> dict[str, bytes]:
-    return {key.removeprefix("file:"): _decoded(key, text) for key, text in sent.items()}
 
 
 def _decoded(key: str, text: Any) -> bytes:

@@ -12,6 +12,7 @@ from hasten.server.openai.types import (
     ChatRequest,
     ContentPart,
     FieldsWithoutEffect,
+    Function,
     FunctionCall,
     FunctionName,
     JsonSchema,
@@ -126,11 +127,9 @@ class ResponsesRequest(FieldsWithoutEffect, kw_only=True):
         """The tools as a chat has them."""
         if self.tools is None:
             return None
-        return [msgspec.convert({"type": "function", "function": _function(tool)}, Tool) for tool in self.tools]
-
-
-def _function(tool: ResponseTool) -> dict[str, Any]:
-    return {"name": tool.name, "description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
+        return [
+            Tool("function", Function(tool.name, tool.description, tool.parameters, tool.strict)) for tool in self.tools
+        ]
 
 
 _MAX_ITEMS = 4096
