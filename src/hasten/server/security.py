@@ -43,7 +43,7 @@ class Hosts:
         self._any_origin = _ANY in names
         self._any_host = self._any_origin or (not names and not _is_loopback(address))
         self._names = names
-        self._own = frozenset({"localhost", _plain(address)})
+        self._own = names | {"localhost", _plain(address)}
 
     def refusal(self, method: str, host: str, origin: str | None) -> str | None:
         """Why a request with these headers is refused, or None. A request without a `Host` is of no browser."""
@@ -59,7 +59,7 @@ class Hosts:
         )
 
     def _is_own_name(self, name: str) -> bool:
-        return name in self._names | self._own or name.endswith(".localhost") or _is_address(name)
+        return name in self._own or name.endswith(".localhost") or _is_address(name)
 
     def _is_own(self, origin: str, host: str) -> bool:
         if self._any_origin:
