@@ -238,16 +238,16 @@ class Registry:
         serving = [version for version in known.values() if version.state is State.READY]
         known |= {number: version for number, version in new.items() if known.get(number) not in serving}
         try:
-            await self._begin_all(new.values())
-        except CapacityError as error:
-            if not any(version.model.engine for version in serving):
-                raise load_error(name, new.values()) from error
-            _log.warning(
-                "model %s: there is no memory for the old and the new one at once; the old one ends first", name
-            )
-            await asyncio.gather(*(version.end(_LONGEST_END_S) for version in serving))
-            known |= new
-            await self._begin_again(description, new)
+            try:
+                await self._begin_all(new.values())
+            except CapacityError:
+                if not any(version.model.engine for version in serving):
+                    raise
+                text = "model %s: there is no memory for the old and the new one at once; the old one ends first"
+                _log.warning(text, name)
+                await asyncio.gather(*(version.end(_LONGEST_END_S) for version in serving))
+                known |= new
+                await self._begin_all(new.values())
         except HastenError as error:
             raise load_error(name, new.values()) from error
         known |= new
@@ -256,17 +256,11 @@ class Registry:
                 self._retire(version)
         _log.info("successfully loaded '%s'", name)
 
-    async def _begin_again(self, description: Description, new: Mapping[int, Version]) -> None:
-        for version in new.values():
-            version.state, version.reason = State.LOADING, ""
-        try:
-            await self._begin_all(new.values())
-        except HastenError as error:
-            raise load_error(description.name, new.values()) from error
-
     async def _begin_all(self, versions: Iterable[Version]) -> None:
         """Start all or none; the error of the first that cannot be."""
         waiting, begun = list(versions), list[Version]()
+        for version in waiting:
+            version.state, version.reason = State.LOADING, ""
         while waiting:
             version = waiting.pop(0)
             started = time.monotonic()
