@@ -76,13 +76,13 @@ def kind_of(config: model_config_pb2.ModelConfig) -> Kind:
     if config.platform == "ensemble" or (not config.backend and config.HasField("ensemble_scheduling")):
         return Kind.ENSEMBLE
     if config.platform:
-        raise _wrong(config, f"platform {config.platform!r} is not supported; there is 'ensemble'")
+        raise wrong(config, f"platform {config.platform!r} is not supported; there is 'ensemble'")
     if config.backend not in ("", *BACKENDS):
-        raise _wrong(config, f"backend {config.backend!r} is not supported; there are {' and '.join(BACKENDS)}")
+        raise wrong(config, f"backend {config.backend!r} is not supported; there are {' and '.join(BACKENDS)}")
     name = config.parameters["kind"].string_value if "kind" in config.parameters else Kind.TOKEN.value
     kinds = [kind.value for kind in INTERFACES]
     if name not in kinds or (config.backend == "fastertransformer" and name != Kind.TOKEN.value):
-        raise _wrong(config, f"parameter 'kind' {name!r} is not one of backend hasten's: {', '.join(kinds)}")
+        raise wrong(config, f"parameter 'kind' {name!r} is not one of backend hasten's: {', '.join(kinds)}")
     return Kind(name)
 
 
@@ -106,7 +106,7 @@ def completed(
         config.platform = "ensemble"
         _check_tensors(config)
         if reshaped := [tensor.name for tensor in (*config.input, *config.output) if tensor.HasField("reshape")]:
-            raise _wrong(config, f"tensor '{reshaped[0]}' of an ensemble cannot be reshaped; remove reshape")
+            raise wrong(config, f"tensor '{reshaped[0]}' of an ensemble cannot be reshaped; remove reshape")
     else:
         config.backend = config.backend or "hasten"
         _complete_tensors(config, kind, auto_complete)
@@ -131,7 +131,8 @@ def interface_of(config: model_config_pb2.ModelConfig, kind: Kind) -> Interface:
     return MODEL_TYPES.get(parameter(config, "model_type", DEFAULT_MODEL_TYPE), INTERFACES[kind])
 
 
-def _wrong(config: model_config_pb2.ModelConfig, message: str) -> ConfigError:
+def wrong(config: model_config_pb2.ModelConfig, message: str) -> ConfigError:
+    """The error of a model's configuration."""
     return ConfigError(f"model '{config.name}': {message}")
 
 
@@ -142,27 +143,27 @@ def _set_fields(message: Message) -> list[str]:
 def _refuse(config: model_config_pb2.ModelConfig, where: str, message: Message, reasons: dict[str, str]) -> None:
     for field in _set_fields(message):
         if field in reasons:
-            raise _wrong(config, f"{where}{field} is not supported: {reasons[field]}; remove it")
+            raise wrong(config, f"{where}{field} is not supported: {reasons[field]}; remove it")
 
 
 def _check_fields(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
     _refuse(config, "", config, _NOT_SUPPORTED)
     if config.max_batch_size < 0:
-        raise _wrong(config, f"max_batch_size must not be negative, got {config.max_batch_size}")
+        raise wrong(config, f"max_batch_size must not be negative, got {config.max_batch_size}")
     if config.response_cache.enable:
-        raise _wrong(config, "response_cache is not supported: the engine shares the cache of prompts that begin alike")
+        raise wrong(config, "response_cache is not supported: the engine shares the cache of prompts that begin alike")
     if config.HasField("optimization"):
         _check_optimization(config)
     if config.HasField("dynamic_batching"):
         _check_batching(config, kind)
     if (kind is Kind.ENSEMBLE) != config.HasField("ensemble_scheduling"):
-        raise _wrong(config, "ensemble_scheduling belongs to a model with platform 'ensemble', and to no other")
+        raise wrong(config, "ensemble_scheduling belongs to a model with platform 'ensemble', and to no other")
     if kind is Kind.ENSEMBLE:
         _refuse(config, "", config, _ENSEMBLE_NOT_SUPPORTED)
         limit = {"max_inflight_requests": "responses go on as fast as the client reads them"}
         _refuse(config, "ensemble_scheduling.", config.ensemble_scheduling, limit)
     elif kind is not Kind.TOKEN and config.default_model_filename:
-        raise _wrong(config, "default_model_filename belongs to the model that has the weights; remove it")
+        raise wrong(config, "default_model_filename belongs to the model that has the weights; remove it")
     _check_instances(config, kind)
 
 
@@ -171,7 +172,7 @@ def _check_optimization(config: model_config_pb2.ModelConfig) -> None:
     default = _default_optimization()
     for field, value in config.optimization.ListFields():
         if value != getattr(default, field.name):
-            raise _wrong(config, f"optimization.{field.name} is not supported; remove it")
+            raise wrong(config, f"optimization.{field.name} is not supported; remove it")
 
 
 def _default_optimization() -> model_config_pb2.ModelOptimizationPolicy:
@@ -182,52 +183,50 @@ def _default_optimization() -> model_config_pb2.ModelOptimizationPolicy:
 
 def _check_batching(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
     if kind is not Kind.TOKEN:
-        raise _wrong(config, "dynamic_batching belongs to the model that has the engine")
+        raise wrong(config, "dynamic_batching belongs to the model that has the engine")
     batching = config.dynamic_batching
     _refuse(config, "dynamic_batching.", batching, _BATCHING_NOT_SUPPORTED)
     policy = batching.default_queue_policy
     if policy.timeout_action != model_config_pb2.ModelQueuePolicy.REJECT:
-        raise _wrong(config, "dynamic_batching.default_queue_policy.timeout_action must be REJECT")
+        raise wrong(config, "dynamic_batching.default_queue_policy.timeout_action must be REJECT")
     levels, default = batching.priority_levels, batching.default_priority_level
     if levels and not 1 <= default <= levels:
-        raise _wrong(config, f"default_priority_level must be from 1 to priority_levels ({levels}), got {default}")
+        raise wrong(config, f"default_priority_level must be from 1 to priority_levels ({levels}), got {default}")
     if default and not levels:
-        raise _wrong(config, "default_priority_level needs priority_levels")
+        raise wrong(config, "default_priority_level needs priority_levels")
 
 
 def _check_instances(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
     if len(config.instance_group) > 1:
-        raise _wrong(config, "several instance_groups are not supported: set count in one of them")
+        raise wrong(config, "several instance_groups are not supported: set count in one of them")
     for group in config.instance_group:
         if kind is not Kind.TOKEN and group.count > 1:
-            raise _wrong(config, f"instance_group count {group.count} belongs to the model that has the engines")
+            raise wrong(config, f"instance_group count {group.count} belongs to the model that has the engines")
         if group.count < 0:
-            raise _wrong(config, f"instance_group count must be at least 1, got {group.count}")
+            raise wrong(config, f"instance_group count must be at least 1, got {group.count}")
         if kind is not Kind.TOKEN and group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU:
-            raise _wrong(config, "instance_group kind KIND_GPU belongs to the model that has the engine")
+            raise wrong(config, "instance_group kind KIND_GPU belongs to the model that has the engine")
         others = [name for name in _set_fields(group) if name not in ("name", "kind", "count")]
         if others:
-            raise _wrong(
-                config, f"instance_group {others[0]} is not supported; to choose a GPU, set parameter 'device'"
-            )
+            raise wrong(config, f"instance_group {others[0]} is not supported; to choose a GPU, set parameter 'device'")
 
 
 def _check_tensors(config: model_config_pb2.ModelConfig) -> None:
     """What any model's tensors must be like."""
     for tensor in (*config.input, *config.output):
         if not tensor.name or tensor.data_type not in model_config_pb2.DataType.values()[1:]:
-            raise _wrong(config, f"tensor '{tensor.name}' needs a name and a data_type")
+            raise wrong(config, f"tensor '{tensor.name}' needs a name and a data_type")
         if not tensor.dims and not tensor.HasField("reshape"):
-            raise _wrong(config, f"tensor '{tensor.name}' needs dims")
+            raise wrong(config, f"tensor '{tensor.name}' needs dims")
         if any(dim == 0 or dim < -1 for dim in tensor.dims):
-            raise _wrong(config, f"tensor '{tensor.name}' has dims {list(tensor.dims)}; each must be -1 or positive")
+            raise wrong(config, f"tensor '{tensor.name}' has dims {list(tensor.dims)}; each must be -1 or positive")
         for field in ("format", "is_shape_tensor", "is_non_linear_format_io", "label_filename"):
             if getattr(tensor, field, None):
-                raise _wrong(config, f"tensor '{tensor.name}': {field} is not supported; remove it")
+                raise wrong(config, f"tensor '{tensor.name}': {field} is not supported; remove it")
     for names in ([tensor.name for tensor in config.input], [tensor.name for tensor in config.output]):
         twice = [name for index, name in enumerate(names) if name in names[:index]]
         if twice:
-            raise _wrong(config, f"tensor '{twice[0]}' is listed twice")
+            raise wrong(config, f"tensor '{twice[0]}' is listed twice")
 
 
 def _complete_tensors(config: model_config_pb2.ModelConfig, kind: Kind, auto_complete: bool) -> None:
@@ -238,18 +237,18 @@ def _complete_tensors(config: model_config_pb2.ModelConfig, kind: Kind, auto_com
     for tensor in config.input:
         rule = next(rule for rule in interface.inputs if rule.name == tensor.name)
         if tensor.optional and not rule.optional:
-            raise _wrong(config, f"input '{tensor.name}' cannot be optional")
+            raise wrong(config, f"input '{tensor.name}' cannot be optional")
     inputs, outputs = {tensor.name for tensor in config.input}, {tensor.name for tensor in config.output}
     missing = [rule.name for rule in interface.inputs if rule.name not in inputs and not rule.optional]
     if not auto_complete and (missing or not outputs):
-        raise _wrong(config, f"inputs {missing} and outputs must be listed, since configurations are not completed")
+        raise wrong(config, f"inputs {missing} and outputs must be listed, since configurations are not completed")
     if auto_complete:
         config.input.extend(rule.as_input() for rule in interface.inputs if rule.name not in inputs)
         config.output.extend(rule.as_output() for rule in interface.outputs if rule.name not in outputs)
         config.max_batch_size = config.max_batch_size or interface.max_batch_size
     if bool(config.max_batch_size) != bool(interface.max_batch_size):
         wanted = "at least 1" if interface.max_batch_size else "0"
-        raise _wrong(config, f"max_batch_size must be {wanted} for a model of kind {kind.value}")
+        raise wrong(config, f"max_batch_size must be {wanted} for a model of kind {kind.value}")
 
 
 def _check_rules(
@@ -262,17 +261,17 @@ def _check_rules(
     for tensor in tensors:
         rule = known.get(tensor.name)
         if rule is None:
-            raise _wrong(config, f"{what} '{tensor.name}' is not one of the model's: {', '.join(known)}")
+            raise wrong(config, f"{what} '{tensor.name}' is not one of the model's: {', '.join(known)}")
         if datatype_name(tensor.data_type) != rule.datatype:
             found = datatype_name(tensor.data_type)
-            raise _wrong(config, f"{what} '{tensor.name}' has data type {found}, but the model's is {rule.datatype}")
+            raise wrong(config, f"{what} '{tensor.name}' has data type {found}, but the model's is {rule.datatype}")
         dims, shape = list(tensor.dims), list(tensor.reshape.shape)
         if len(dims) != len(rule.dims) or any(
             wanted not in (-1, dim) for dim, wanted in zip(dims, rule.dims, strict=True)
         ):
-            raise _wrong(config, f"{what} '{tensor.name}' has dims {dims}, but the model's are {list(rule.dims)}")
+            raise wrong(config, f"{what} '{tensor.name}' has dims {dims}, but the model's are {list(rule.dims)}")
         if tensor.HasField("reshape") and shape != dims and (shape or dims != [1]):
-            raise _wrong(config, f"{what} '{tensor.name}' cannot be reshaped to {shape}; remove reshape")
+            raise wrong(config, f"{what} '{tensor.name}' cannot be reshaped to {shape}; remove reshape")
 
 
 def _complete_defaults(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
@@ -285,7 +284,7 @@ def _complete_defaults(config: model_config_pb2.ModelConfig, kind: Kind) -> None
     if kind is Kind.TEXT and not config.HasField("model_transaction_policy"):
         config.model_transaction_policy.decoupled = True
     if is_decoupled(config) and kind not in (Kind.TOKEN, Kind.TEXT, Kind.ENSEMBLE):
-        raise _wrong(config, "a model of this kind gives one response; remove model_transaction_policy")
+        raise wrong(config, "a model of this kind gives one response; remove model_transaction_policy")
     if kind is Kind.ENSEMBLE:
         return
     config.optimization.CopyFrom(_default_optimization())

@@ -16,13 +16,13 @@ import msgspec
 import numpy as np
 from tritonclient.grpc import model_config_pb2
 
-from hasten.core.errors import ConfigError, InvalidRequestError
+from hasten.core.errors import InvalidRequestError
 from hasten.core.types import PoolingParams, PoolingTask, Request
 from hasten.engine.texts import instruction
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient, EngineInfo
 from hasten.server.json_size import check_json_size
-from hasten.server.models.config import parameter
+from hasten.server.models.config import parameter, wrong
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, ENCODER_TYPES, POOLING_KINDS, Kind
 from hasten.server.models.model import DependentModel, EngineModel, Models
 from hasten.server.models.work import Outcome, Work
@@ -59,14 +59,14 @@ def check_model_type(config: model_config_pb2.ModelConfig, info: EngineInfo) -> 
     pooling, encodes = info.pooling, info.decoder_start_token_id is not None
     if pooling is None and (given in _OUTPUTS or encodes != (given == ENCODER_DECODER_TYPE)):
         kind = "generates text" if given in _OUTPUTS else "has an encoder" if encodes else "has no encoder"
-        raise ConfigError(
-            f"model '{config.name}': parameter 'model_type' is {given!r}, but the model {kind}; set "
-            f"{ENCODER_DECODER_TYPE if encodes else DEFAULT_MODEL_TYPE!r}"
+        raise wrong(
+            config,
+            f"parameter 'model_type' is {given!r}, but the model {kind}; set "
+            f"{ENCODER_DECODER_TYPE if encodes else DEFAULT_MODEL_TYPE!r}",
         )
     if pooling is not None and given != (wanted := ENCODER_TYPES[pooling.tasks[0]]):
-        raise ConfigError(
-            f"model '{config.name}': parameter 'model_type' is {given!r}, but {pooling.architecture} generates no "
-            f"text; set {wanted!r}"
+        raise wrong(
+            config, f"parameter 'model_type' is {given!r}, but {pooling.architecture} generates no text; set {wanted!r}"
         )
 
 
@@ -170,7 +170,7 @@ class PooledTextModel(DependentModel):
         pooling = self.token_engine().info.pooling
         if pooling is None or self._task not in pooling.tasks:
             does = "generates text" if pooling is None else f"does {', '.join(pooling.tasks)}"
-            raise ConfigError(f"model '{config.name}': parameter 'kind' is {kind.value!r}, but the model {does}")
+            raise wrong(config, f"parameter 'kind' is {kind.value!r}, but the model {does}")
         self.token_model_tokenizer()
 
     async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:

@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 
 from tritonclient.grpc import model_config_pb2
 
-from hasten.core.errors import ConfigError
-from hasten.server.models.config import is_decoupled
+from hasten.server.models.config import is_decoupled, wrong
 from hasten.server.models.interfaces import datatype_name
 from hasten.server.models.model import Models, Served
 from hasten.server.models.work import Outcome, Work
@@ -103,20 +102,20 @@ def ordered_steps(config: model_config_pb2.ModelConfig) -> list[Step]:
     sources = [*known, *(name for step in waiting for name in step.output_map.values())]
     twice = [name for index, name in enumerate(sources) if name in sources[:index]]
     if twice:
-        raise _wrong(config, f"tensor '{twice[0]}' comes from two places")
+        raise wrong(config, f"tensor '{twice[0]}' comes from two places")
     while waiting:
         step = next((step for step in waiting if known.issuperset(step.input_map.values())), None)
         if step is None:
             lacks = [name for step in waiting for name in step.input_map.values() if name not in known]
-            raise _wrong(config, f"tensor '{lacks[0]}' is needed by a step, but comes from no earlier one")
+            raise wrong(config, f"tensor '{lacks[0]}' is needed by a step, but comes from no earlier one")
         if step.model_namespace:
-            raise _wrong(config, "model_namespace is not supported; remove it")
+            raise wrong(config, "model_namespace is not supported; remove it")
         waiting.remove(step)
         ordered.append(step)
         known |= set(step.output_map.values())
     lacks = [tensor.name for tensor in config.output if tensor.name not in known]
     if lacks or not ordered:
-        raise _wrong(config, f"output '{lacks[0]}' comes from no step" if lacks else "it has no steps")
+        raise wrong(config, f"output '{lacks[0]}' comes from no step" if lacks else "it has no steps")
     return ordered
 
 
@@ -132,10 +131,10 @@ def _check_types(config: model_config_pb2.ModelConfig, models: Models) -> None:
             theirs = {tensor.name: tensor.data_type for tensor in tensors}
             for name, ours in mapping.items():
                 if name not in theirs:
-                    raise _wrong(config, f"model '{step.model_name}' has no {what} '{name}'")
+                    raise wrong(config, f"model '{step.model_name}' has no {what} '{name}'")
                 if types.setdefault(ours, theirs[name]) != theirs[name]:
                     found, wanted = datatype_name(types[ours]), datatype_name(theirs[name])
-                    raise _wrong(
+                    raise wrong(
                         config, f"tensor '{ours}' is {found}, but {what} '{name}' of '{step.model_name}' is {wanted}"
                     )
 
@@ -150,7 +149,3 @@ def _queueing(work: Work) -> dict[str, Parameter]:
 
 def _renamed(tensor: Tensor, name: str) -> Tensor:
     return Tensor(name, tensor.datatype, tensor.shape, tensor.data)
-
-
-def _wrong(config: model_config_pb2.ModelConfig, message: str) -> ConfigError:
-    return ConfigError(f"model '{config.name}': {message}")

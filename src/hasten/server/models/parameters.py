@@ -17,7 +17,7 @@ from hasten.core.config import EngineConfig
 from hasten.core.dtypes import dtype_name
 from hasten.core.errors import ConfigError
 from hasten.server.engine.client import QueueLimits
-from hasten.server.models.config import kind_of, parameter
+from hasten.server.models.config import kind_of, parameter, wrong
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, MODEL_TYPES, TEXT_KINDS, Kind
 
 CHECKPOINT = "model_checkpoint_path"
@@ -63,7 +63,7 @@ def check_parameters(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
     for name in config.parameters:
         if name not in _ALLOWED[kind]:
             known = ", ".join(_ALLOWED[kind]) or "none"
-            raise ConfigError(f"model '{config.name}': parameter '{name}' is not known; there are: {known}")
+            raise wrong(config, f"parameter '{name}' is not known; there are: {known}")
 
 
 def engine_options(config: model_config_pb2.ModelConfig) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def engine_options(config: model_config_pb2.ModelConfig) -> dict[str, Any]:
         options[option] = _read(text, hints[option], where)
     on_gpu = any(group.kind == _GPU for group in config.instance_group)
     if on_gpu and options.setdefault("device", "cuda") == "cpu":
-        raise ConfigError(f"model '{config.name}': parameter 'device' is 'cpu', but its instance_group is KIND_GPU")
+        raise wrong(config, "parameter 'device' is 'cpu', but its instance_group is KIND_GPU")
     if "dtype" in options and options["dtype"] != "auto":
         options["dtype"] = dtype_name(options["dtype"])
     return options

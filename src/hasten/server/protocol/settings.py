@@ -19,10 +19,12 @@ from hasten.server.types import ErrorKind, ServiceError, invalid
 
 _LOG_DEFAULTS = LogOptions()
 _LOGGERS = {"hasten": logging.DEBUG, "uvicorn": logging.WARNING, "opentelemetry": logging.WARNING}
-_TRACE_DEFAULTS: dict[str, str] = {"trace_rate": "1000", "trace_count": "-1", "log_frequency": "0"}
+_TRACE_DEFAULTS = {
+    **{"trace_level": "OFF", "trace_rate": "1000", "trace_count": "-1", "log_frequency": "0", "trace_file": ""},
+    "trace_mode": "triton",
+}
 _RANGE = {"trace_rate": (0, 2**32 - 1), "trace_count": (-1, 2**31 - 1), "log_frequency": (0, 2**32 - 1)}
 """The smallest and the largest value that each may have."""
-_TRACE_ORDER = ("trace_level", "trace_rate", "trace_count", "log_frequency", "trace_file", "trace_mode")
 _MOST_VERBOSE = 2**31 - 1
 _LEVELS = ("OFF", "TIMESTAMPS", "TENSORS")
 
@@ -35,36 +37,32 @@ class TraceSettings:
     """Settings for all models, and for some of them others."""
 
     def __init__(self) -> None:
-        self._common: dict[str, str] = {}
         self._models: dict[str, dict[str, str]] = {}
+        """By a model's name; "": those of all."""
 
     def get(self, model: str = "") -> dict[str, list[str]]:
         """What holds for a model, or for all; every setting as a list of texts."""
-        chosen = _TRACE_DEFAULTS | self._common | self._models.get(model, {})
-        settings = {"trace_level": "OFF", "trace_file": "", "trace_mode": "triton"} | chosen
-        return {key: [settings[key]] for key in _TRACE_ORDER}
+        settings = _TRACE_DEFAULTS | self._models.get("", {}) | self._models.get(model, {})
+        return {key: [value] for key, value in settings.items()}
 
     def update(self, values: Mapping[str, Sequence[str] | None], model: str = "") -> None:
         """Change settings; None or nothing sets one back. All or none are changed."""
-        changed = dict(self._models.get(model, {}) if model else self._common)
+        changed = dict(self._models.get(model, {}))
         for key, given in values.items():
             value = _trace_value(key, given)
             if value is None:
                 changed.pop(key, None)
             else:
                 changed[key] = value
-        if model:
-            self._models[model] = changed
-        else:
-            self._common = changed
+        self._models[model] = changed
 
 
 def _trace_value(key: str, given: Sequence[str] | None) -> str | None:
     """The text to keep of a setting, None to keep none; ServiceError for what is not known or not done."""
     if key == "trace_file":
         raise ServiceError(ErrorKind.UNSUPPORTED, "trace file location can not be updated through network protocol")
-    if key not in _TRACE_ORDER:
-        raise invalid(f"trace setting '{key}' is not known; there are: {', '.join(_TRACE_ORDER)}")
+    if key not in _TRACE_DEFAULTS:
+        raise invalid(f"trace setting '{key}' is not known; there are: {', '.join(_TRACE_DEFAULTS)}")
     if not given:
         return None
     if key == "trace_level":
