@@ -62,7 +62,12 @@ class Server:
                 max_queue_bytes=security.max_queue_bytes,
             ),
         )
-        self._machine = _machine(options.endpoints)
+        ends = options.endpoints
+        self._machine = Machine(
+            cpu=ends.allow_metrics and ends.allow_cpu_metrics,
+            gpus=ends.allow_metrics and ends.allow_gpu_metrics,
+            interval=ends.metrics_interval_ms / 1e3,
+        )
         self._descriptors = raise_descriptor_limit()
         self._watch: asyncio.Task[None] | None = None
         traces_to, metrics_to = options.log.otlp_traces_endpoint, options.log.otlp_metrics_endpoint
@@ -281,14 +286,6 @@ def _signals() -> "Iterator[asyncio.Queue[signal.Signals]]":
     finally:
         for kind in kinds:
             loop.remove_signal_handler(kind)
-
-
-def _machine(options: EndpointOptions) -> Machine:
-    return Machine(
-        cpu=options.allow_metrics and options.allow_cpu_metrics,
-        gpus=options.allow_metrics and options.allow_gpu_metrics,
-        interval=options.metrics_interval_ms / 1e3,
-    )
 
 
 def _connection_limits(ends: EndpointOptions, security: SecurityOptions) -> ConnectionLimits:
