@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hasten import ops
 from hasten.ops import PackedLinear, reference
-from hasten.ops.gpu import library, matmul
+from hasten.ops.gpu import gelu_product, library, matmul
 from hasten.ops.heads import HeadTransform
 
 # tests/bench/test_kernels.py runs every kernel on every Python
@@ -167,6 +167,33 @@ def assert_projected(found: list[Tensor], expected: list[Tensor], assert_close: 
     for cache, wanted in zip(found[1:], expected[1:], strict=True):
         assert torch.equal(cache.isnan(), wanted.isnan()), "written where nothing belongs, or not where it does"
         assert_close("linear", cache.nan_to_num(0), wanted.nan_to_num(0))
+
+
+@pytest.mark.parametrize("rows", [1, 128, 300])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("out", "into"), [(128, 64), (384, 192)])
+def test_gelu_of_many_rows_ends_the_product(
+    out: int,
+    into: int,
+    biased: bool,
+    rows: int,
+    device: torch.device,
+    assert_close: Close,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = make_weight(out, into, torch.float16, device)
+    x, drawn = (draw(*shape, dtype=torch.float16, device=device) for shape in ((rows, into), (out,)))
+    bias = drawn if biased else None
+    assert not gelu_product.serves(x, weight), "it has too few rows"
+    monkeypatch.setattr(gelu_product, "_LEAST_ROWS", 1)
+    if not gelu_product.serves(x, weight):
+        pytest.skip("the device has no copy engine for tiles")
+    product = reference.linear(x.double(), replace(weight, plain=wide(weight.plain)), wide(bias), None)
+    expected = reference.activated(product, "gelu")
+    assert_close("linear", gelu_product.gelu_product(x, weight, bias), expected)
+    for other in (replace(weight, fixed_order=True), make_weight(out + 8, into, torch.float16, device)):
+        assert not gelu_product.serves(x, other)
+    assert not gelu_product.serves(x.float(), weight)
 
 
 @pytest.mark.parametrize("turns", [False, True], ids=["", "turned"])

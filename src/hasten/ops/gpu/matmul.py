@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hasten.ops import reference
 from hasten.ops.cache_scales import CacheScales
-from hasten.ops.gpu import grouped, library, quantized, rounded, row_rounding
+from hasten.ops.gpu import gelu_product, grouped, library, quantized, rounded, row_rounding
 from hasten.ops.gpu.cache import write_cache
 from hasten.ops.gpu.compiling import compiles_only
 from hasten.ops.gpu.endings import Projection, targets, widths
@@ -127,6 +127,8 @@ def linear(
             return x_th.new_empty(x_th.shape[0], weight.out_features)
         use_gelu = activation == "gelu_tanh"
         return torch._addmm_activation(bias_o, x_tk, weight_ok.t(), use_gelu=use_gelu)[: x_th.shape[0]]
+    if activation == "gelu" and isinstance(x_th, Tensor) and gelu_product.serves(x_th, weight):
+        return gelu_product.gelu_product(x_th, weight, bias_o)
     out_to = _library(x_th, weight, bias_o)
     if activation is None:
         return out_to
