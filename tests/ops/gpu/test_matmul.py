@@ -169,9 +169,29 @@ def assert_projected(found: list[Tensor], expected: list[Tensor], assert_close: 
         assert_close("linear", cache.nan_to_num(0), wanted.nan_to_num(0))
 
 
+def test_gelu_by_odds_is_near_the_exact_one(device: torch.device) -> None:
+    most = torch.finfo(torch.bfloat16).max
+    far = torch.tensor([0.0, 13.0, 100.0, 6e4, 1e10, most], device=device)
+    x = torch.cat((torch.linspace(-12, 12, 6000, device=device), far, -far))
+    expected = reference.activated(x.double(), "gelu")
+    with np.errstate(over="ignore"):  # odds of 1 to infinity are right far from 0
+        found = matmul._activated(x.clone(), "gelu_by_odds")
+    assert ((found.double() - expected).abs() <= 3.1e-6 + 3e-7 * expected.abs()).all()
+    assert matmul._activated(torch.full((4,), NAN, device=device), "gelu_by_odds").isnan().all()
+
+
+@pytest.mark.parametrize("rows", [65, 130])
+def test_gelu_of_what_the_library_multiplies(rows: int, device: torch.device, assert_close: Close) -> None:
+    weight = make_weight(40, 72, torch.float16, device)
+    x, bias = draw(rows, 72, dtype=torch.float16, device=device), draw(40, dtype=torch.float16, device=device)
+    product = matmul.linear(x, weight, bias, None)  # rounded once already
+    expected = reference.activated(product.double(), "gelu")
+    assert_close("linear", matmul.linear(x, weight, bias, "gelu"), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 128, 300])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("out", "into"), [(128, 64), (384, 192)])
+@pytest.mark.parametrize(("out", "into"), [(256, 64), (768, 192)])
 def test_gelu_of_many_rows_ends_the_product(
     out: int,
     into: int,
@@ -186,6 +206,7 @@ def test_gelu_of_many_rows_ends_the_product(
     bias = drawn if biased else None
     assert not gelu_product.serves(x, weight), "it has too few rows"
     monkeypatch.setattr(gelu_product, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(gelu_product, "_EVEN", 0.0)
     if not gelu_product.serves(x, weight):
         pytest.skip("the device has no copy engine for tiles")
     product = reference.linear(x.double(), replace(weight, plain=wide(weight.plain)), wide(bias), None)

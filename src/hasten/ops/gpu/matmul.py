@@ -134,8 +134,8 @@ def linear(
         return out_to
     if reader is not None and row_rounding.rounds(reader, weight):
         return row_rounding.activated_rows(out_to, reader, activation)
-    if activation == "gelu":
-        return torch.ops.aten.gelu_(out_to)  # in place, which takes an eighth less time
+    if activation == "gelu" and out_to.dtype != torch.float32 and out_to.is_contiguous():
+        return _activated(out_to, "gelu_by_odds")  # a quarter less time than torch's
     return reference.activated(out_to, activation)
 
 
