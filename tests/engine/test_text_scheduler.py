@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from hasten.core.config import SchedulerConfig
-from hasten.core.types import EmbeddingOutput, PoolingParams, Request
+from hasten.core.types import EmbeddingOutput, PoolingParams, PoolingRequestOutput, Request
 from hasten.engine.batch import Batch
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.inputs import BlockTables, Inputs
@@ -141,6 +141,17 @@ def test_texts_lie_in_blocks_of_their_own(block_size: int) -> None:
         used += table[: -(-length // block_size)]
     assert used == list(range(sum(-(-length // block_size) for length in lengths)))
     assert int(meta.block_tables.max()) == used[-1], "what is behind a text's end may be read, but not used"
+
+
+def test_token_ids_of_an_output_become_a_list_when_they_are_asked_for() -> None:
+    output = PoolingRequestOutput("7", "a text", as_ids((5, 6)), EmbeddingOutput([0.5]))
+    assert output.prompt_token_ids == [5, 6]
+    assert output.prompt_token_ids is output.prompt_token_ids
+    assert all(type(token) is int for token in output.prompt_token_ids)
+    assert repr(output) == (
+        "PoolingRequestOutput(request_id='7', prompt='a text', prompt_token_ids=[5, 6], "
+        "outputs=EmbeddingOutput(embedding=[0.5]), finished=True)"
+    )
 
 
 def test_a_vector_becomes_a_list_when_it_is_asked_for() -> None:

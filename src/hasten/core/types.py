@@ -343,12 +343,44 @@ PooledOutput = EmbeddingOutput | ClassificationOutput | ScoringOutput | PoolingO
 PooledT = TypeVar("PooledT", bound=PooledOutput)
 
 
-@dataclass
+class _Ids(Protocol):
+    """An array of token ids."""
+
+    def tolist(self) -> list[int]: ...
+
+
 class PoolingRequestOutput(Generic[PooledT]):
     """A request with what was made of its text."""
 
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: PooledT
-    finished: bool = True
+    __slots__ = ("_ids", "finished", "outputs", "prompt", "request_id")
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int] | _Ids,
+        outputs: PooledT,
+        finished: bool = True,
+    ) -> None:
+        """`prompt_token_ids`: a list, or an array, which becomes one when it is asked for.
+
+        Python's collector looks at each item of each list, which takes as long for many texts as a GPU for some steps.
+        """
+        self.request_id = request_id
+        self.prompt = prompt
+        self._ids = prompt_token_ids
+        self.outputs = outputs
+        self.finished = finished
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """Token ids of the text."""
+        if not isinstance(self._ids, list):
+            self._ids = self._ids.tolist()
+        return self._ids
+
+    def __repr__(self) -> str:
+        return (
+            f"PoolingRequestOutput(request_id={self.request_id!r}, prompt={self.prompt!r}, "
+            f"prompt_token_ids={self.prompt_token_ids!r}, outputs={self.outputs!r}, finished={self.finished!r})"
+        )

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -357,7 +356,7 @@ class LLM(PoolingMethods):
         """
         coming, positions, finished = iter(requests), dict[str, str](), dict[str, Output]()
         try:
-            with progress_bar(doing, count, show=show_progress and count > 1) as bar, _uncollected():
+            with progress_bar(doing, count, show=show_progress and count > 1) as bar:
                 meter = _Meter(self.engine, bar)
                 while len(finished) < count:
                     self._queue_texts(coming, positions)
@@ -388,21 +387,6 @@ class LLM(PoolingMethods):
             for request_id in ids:
                 if request_id not in finished:
                     self._engine.abort(request_id)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """A block without collections of garbage.
-
-    They look at each token id of all texts and results, of which none is garbage, for longer than a GPU has work.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class _Meter:

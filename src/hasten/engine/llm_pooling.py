@@ -1,7 +1,9 @@
 """What `LLM` makes of texts other than more text: vectors, scores of labels and of pairs, under vLLM's names."""
 
+import gc
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -151,8 +153,9 @@ class PoolingMethods(ABC):
             return self._cosines(pairs, truncate_prompt_tokens, use_tqdm=use_tqdm)
         params = _params("score", None, truncate_prompt_tokens)
         pooler.check(params)
-        requests = self._requests().of_pairs(pairs, params)
-        outputs = self._outputs(requests, len(pairs), "scoring", use_tqdm=use_tqdm)
+        with _uncollected():
+            requests = self._requests().of_pairs(pairs, params)
+            outputs = self._outputs(requests, len(pairs), "scoring", use_tqdm=use_tqdm)
         return cast("list[PoolingRequestOutput[ScoringOutput]]", outputs)
 
     def _cosines(
@@ -193,9 +196,10 @@ class PoolingMethods(ABC):
         pooler = self._pooler(params.task)
         pooler.check(params)
         before = instruction(pooler.pooling.texts, prompt, prompt_name) if params.task == "embed" else Instruction()
-        given = given_prompts(prompts)
-        requests = self._requests().of_prompts(given, params, before)
-        return self._outputs(requests, len(given), "encoding", use_tqdm=use_tqdm)
+        with _uncollected():
+            given = given_prompts(prompts)
+            requests = self._requests().of_prompts(given, params, before)
+            return self._outputs(requests, len(given), "encoding", use_tqdm=use_tqdm)
 
     def _outputs(
         self, requests: Iterable[tuple[str, Request]], count: int, doing: str, *, use_tqdm: bool
@@ -208,6 +212,23 @@ class PoolingMethods(ABC):
                 raise EngineError(f"{where}: {output.outputs.error}")
             pooled.append(output)
         return pooled
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A block without collections of garbage.
+
+    They look at each token id that the caller has, for longer than a GPU has work, and nothing here is garbage. What is
+    left of the block is looked at once, by itself, which is soon done: else it would lead to a whole collection.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.collect(1)
+            gc.enable()
 
 
 def _params(task: PoolingTask, params: PoolingParams | None, truncate: int | None) -> PoolingParams:

@@ -12,6 +12,7 @@ from hasten.engine.sequence import Sequence
 from hasten.engine.stats import StepTally
 from hasten.engine.stopping import StopRules
 from hasten.engine.text import TextState, Tokenizer
+from hasten.engine.text_scheduler import TextSequence
 from hasten.engine.worker import Worker
 
 
@@ -128,9 +129,9 @@ class RequestTracker:
                 states[index], params[index] = state, sequence.pooling
                 self._scheduler.finish(sequence.key)
         for index, found in pooler.outputs(params, pooled).items():
-            state, request = states[index], states[index].request
-            ids = list(request.prompt_token_ids)
-            state.output = PoolingRequestOutput(request.request_id, request.prompt, ids, found)
+            state, request, text = states[index], states[index].request, sequences[index]
+            assert isinstance(text, TextSequence)
+            state.output = PoolingRequestOutput(request.request_id, request.prompt, text.ids, found)
             touched[request.request_id] = state
             del self.states[request.request_id]
 
