@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hasten.cli import ahead
 from hasten.cli.options import Parser, engine_options
 from hasten.cli.texts import ENGINE_SKIP, add_text_options, pooling_params, print_lines, read_texts
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Classify and print."""
     entries = read_texts(args)
     options = engine_options(args, skip=ENGINE_SKIP)
+    ahead.begin(args.model, options)
 
     from hasten.engine.llm import LLM, run_worker
 

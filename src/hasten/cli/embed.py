@@ -2,6 +2,7 @@
 
 import argparse
 
+from hasten.cli import ahead
 from hasten.cli.options import Parser, engine_options
 from hasten.cli.texts import ENGINE_SKIP, add_text_options, pooling_params, print_lines, read_texts
 from hasten.core.text import from_command_line
@@ -25,9 +26,11 @@ def run(args: argparse.Namespace) -> int:
     entries, params = read_texts(args), pooling_params(args)
     prompt = None if args.prompt is None else from_command_line(args.prompt)
 
+    options = engine_options(args, skip=ENGINE_SKIP)
+    ahead.begin(args.model, options)
+
     from hasten.engine.llm import LLM, run_worker
 
-    options = engine_options(args, skip=ENGINE_SKIP)
     if not run_worker(args.model, **options):
         with LLM(args.model, **options) as llm:
             texts = [entry.text for entry in entries]

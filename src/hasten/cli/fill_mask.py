@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import asdict
 
+from hasten.cli import ahead
 from hasten.cli.options import Parser, engine_options
 from hasten.cli.texts import ENGINE_SKIP, add_text_options, pooling_params, print_lines, read_texts
 from hasten.core.text import from_command_line
@@ -37,9 +38,11 @@ def run(args: argparse.Namespace) -> int:
     params = pooling_params(args, task="fill_mask", activation=not args.logits, targets=())
     targets = [from_command_line(word) for word in args.targets] or None
 
+    options = engine_options(args, skip=ENGINE_SKIP)
+    ahead.begin(args.model, options)
+
     from hasten.engine.llm import LLM, run_worker
 
-    options = engine_options(args, skip=ENGINE_SKIP)
     if not run_worker(args.model, **options):
         with LLM(args.model, **options) as llm:
             texts = [entry.text for entry in entries]

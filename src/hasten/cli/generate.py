@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hasten.cli import ahead
 from hasten.cli.options import (
     Parser,
     add_engine_options,
@@ -17,7 +18,6 @@ from hasten.cli.options import (
     path,
     sampling_params,
 )
-from hasten.core import torch_import
 from hasten.core.errors import ConfigError, EngineError
 from hasten.core.files import reading
 from hasten.core.text import from_command_line, require_utf8, utf8_lines
@@ -59,7 +59,6 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print."""
-    torch_import.begin()
     _take_text(args)
     _write_text()
     prompts = _read_prompts(args)
@@ -67,9 +66,11 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(args, defaults=_defaults(args))
     stream = _streams(args, len(prompts), params)
 
+    options = engine_options(args, skip=ENGINE_SKIP)
+    ahead.begin(args.model, options)
+
     from hasten.engine.llm import LLM, run_worker
 
-    options = engine_options(args, skip=ENGINE_SKIP)
     if not run_worker(args.model, **options):
         with LLM(args.model, **options) as llm:
             (_stream if stream else _generate)(llm, prompts, params, args.json)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from hasten.cli import ahead
 from hasten.cli.options import Parser, add_engine_options, engine_options, path
 
 _DEFAULTS: Mapping[str, Any] = {"load_format": "dummy"}
@@ -28,10 +29,12 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start an engine and have it compute requests of all kinds."""
+    options = engine_options(args, defaults=_DEFAULTS)
+    ahead.begin(args.model, options)
+
     from hasten.engine.llm import LLM, run_worker
     from hasten.engine.warming import compute_all_kinds
 
-    options = engine_options(args, defaults=_DEFAULTS)
     if run_worker(args.model, **options):
         return 0
     start = time.perf_counter()
