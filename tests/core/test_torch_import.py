@@ -76,6 +76,21 @@ def test_a_part_is_there_when_it_is_used() -> None:
     assert found == [sorted(torch_import._PARTS - used), [2, 3]]
 
 
+def test_random_numbers_are_drawn_without_the_parts() -> None:
+    """And with them: torch 2.13 makes no generator before one of the parts has run."""
+    found = printed("""
+        torch_import.postpone_parts()
+        import torch
+        draw = lambda: torch.rand(3, generator=torch.Generator().manual_seed(5)).tolist()
+        drawn = [draw(), waiting(), isinstance(torch.Generator(), torch.Generator)]
+        for name in torch_import._PARTS:
+            getattr(sys.modules[name], "nothing", None)
+        print(json.dumps([*drawn, draw(), isinstance(torch.Generator(), torch.Generator)]))
+    """)
+    numbers = torch.rand(3, generator=torch.Generator().manual_seed(5)).tolist()
+    assert found == [numbers, sorted(torch_import._PARTS), True, numbers, True]
+
+
 def test_a_part_runs_once_though_threads_use_it_together() -> None:
     found = printed("""
         import threading

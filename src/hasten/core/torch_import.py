@@ -126,11 +126,23 @@ class _PartLoader(SourceFileLoader):
         return _Part(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing yet."""
+        """Do nothing yet, but for what the code does that is needed without it."""
+        if module.__name__ == "torch._meta_registrations":
+            _let_generators_be_made()
 
     def run(self, module: ModuleType) -> None:
         """Run its code."""
         super().exec_module(module)
+
+
+def _let_generators_be_made() -> None:
+    """Where torch 2.13 imports `torch._meta_registrations`, a module of that one gives `torch.Generator` its type."""
+    import torch
+
+    if (give := getattr(torch._C, "_set_generator_metaclass", None)) is not None:
+        from torch._opaque_base import OpaqueBaseMeta
+
+        give(OpaqueBaseMeta)
 
 
 class _Finder:
