@@ -84,9 +84,9 @@ def test_short_keys_of_a_group_are_not_cut() -> None:
         return len(Planner(heads, kv_heads, 132).plan(rows, rows, numbers([1]), lens)["splits"])
 
     assert [splits(32, 32, keys) for keys in (64, 192, 257)] == [1, 3, 5]
-    assert [splits(32, 8, keys) for keys in (128, 129, 512, 513, 32_768)] == [1, 2, 4, 3, 64]
+    assert [splits(32, 8, keys) for keys in (64, 129, 512, 513, 32_768)] == [1, 3, 8, 9, 64]
     grouped = Planner(32, 8, 132)
-    assert [grouped.min_split_len(numbers([100] * count)) for count in (4, 5)] == [128, 256]
+    assert [grouped.min_split_len(count) for count in (16, 17)] == [64, 256]
 
 
 def test_few_sequences_are_cut_into_enough_runs_to_fill_the_device() -> None:
@@ -144,7 +144,8 @@ def test_gathered_keys_are_each_sequences_end_to_end_and_tiles_begin_at_theirs(w
     found: dict[int, list[int]] = {}
     for index, (table, first, kv_len) in enumerate(arrays["gathers"].tolist()):
         found.setdefault(table, []).append(plan.TILE * index)
-        assert first == plan.TILE * (len(found[table]) - 1) < kv_len
+        assert first == plan.TILE * (len(found[table]) - 1)
+        assert kv_len == sum(work[table // 3])
     starts = {first: [0, 0] for first, *_ in found.values()}
     for base, query_row, out_row, count, position in arrays["long_tiles"].tolist():
         assert query_row == out_row + 11
@@ -152,7 +153,8 @@ def test_gathered_keys_are_each_sequences_end_to_end_and_tiles_begin_at_theirs(w
         starts[base][1] = max(starts[base][1], position + count)
     assert list(found) == tables.tolist()
     assert list(starts.values()) == [[count, count + before] for count, before in work]
-    assert [len(found[table]) for table in tables.tolist()] == [-(-sum(each) // plan.TILE) for each in work]
+    gathered = [plan.TILE * len(found[table]) for table in tables.tolist()]
+    assert gathered == [-(-sum(each) // plan.GATHERED_KEYS) * plan.GATHERED_KEYS for each in work]
 
 
 GATHERED = [

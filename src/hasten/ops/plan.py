@@ -19,6 +19,9 @@ TILE = 64
 TILE_COLUMNS = 5
 """Of a tile: start of the block table, row of its first query in the queries, in the output, queries, position of the
 first; and where attention is not causal, the keys of the sequence."""
+GATHERED_KEYS = 128
+"""Keys of a sequence are gathered in multiples of this, with zeros behind its last, so that none of another sequence
+is among those that a program reads at a time."""
 GATHER_COLUMNS = 3
 """Of TILE keys that are gathered: start of the block table, first key, keys of the sequence."""
 SPLIT_COLUMNS = 8
@@ -27,11 +30,10 @@ splits."""
 SPLIT_STEP = 32
 """A split begins at a multiple of this number of keys."""
 MIN_SPLIT_LEN = 64
-"""Keys of one head that are worth a program."""
+"""Keys of one head, or of a few queries of a group of heads, that are worth a program."""
 _GROUP_MIN_SPLIT_LEN = 256
-"""The same of a group of heads, whose programs have more keys in flight."""
-_FEW_PROGRAMS = 32
-"""Half as many are worth one as long as there are no more programs than this."""
+"""The same of more queries of a group of heads, whose programs have more keys in flight."""
+_FEW_QUERIES = 16
 _PROGRAMS = 16
 """Programs for single queries of one head that a multiprocessor can hold, and few tokens should fill."""
 _GROUP_PROGRAMS = 4
@@ -120,13 +122,10 @@ class Planner:
         longest = -(-self.max_kv_len // self.run)
         return min(sequences * longest, max(sequences, busy, 4 * longest))
 
-    def min_split_len(self, kv_lens: Integers) -> int:
-        """Keys up to which a sequence is not cut, in a step of single queries of sequences of these lengths."""
-        if self.heads == self.kv_heads:
-            return MIN_SPLIT_LEN
-        shorter = _GROUP_MIN_SPLIT_LEN // 2
-        programs = int((-(-kv_lens // shorter)).sum()) * programs_per_split(self.heads, self.kv_heads)
-        return shorter if programs <= _FEW_PROGRAMS else _GROUP_MIN_SPLIT_LEN
+    def min_split_len(self, queries: int) -> int:
+        """Keys up to which a sequence is not cut, in a step of this number of single queries."""
+        few = self.heads == self.kv_heads or queries <= _FEW_QUERIES
+        return MIN_SPLIT_LEN if few else _GROUP_MIN_SPLIT_LEN
 
     def is_long(self, query_lens: Integers, kv_lens: Integers) -> NDArray[np.bool_]:
         """Which sequences of a step have so many queries and keys that their keys are gathered first."""
@@ -143,7 +142,7 @@ class Planner:
         chosen = self.is_long(query_lens, kv_lens) & (query_lens > 1)
         if chosen.any():
             chosen |= (query_lens > 1) & (kv_lens >= _MANY_KEYS)
-        chosen &= np.cumsum(np.where(chosen, -(-kv_lens // TILE) * TILE, 0)) <= _MAX_GATHERED
+        chosen &= np.cumsum(np.where(chosen, -(-kv_lens // GATHERED_KEYS) * GATHERED_KEYS, 0)) <= _MAX_GATHERED
         return chosen
 
     def gathers_any(self, query_lens: Integers, kv_lens: Integers, *, causal: bool) -> bool:
@@ -181,7 +180,7 @@ class Planner:
             single = tables[which], query_rows[which], out_rows[which], kv_lens[which]
             most = self.max_num_splits(len(which))
             if self.run is None:
-                arrays["splits"] = kv_splits(*single, most, self.min_split_len(kv_lens[which]))
+                arrays["splits"] = kv_splits(*single, most, self.min_split_len(len(which)))
             else:
                 arrays["splits"] = splits_of(*single, run_lengths(kv_lens[which], self.run, most))
         return arrays
@@ -249,7 +248,7 @@ def long_tiles(
     tables: Integers, query_rows: Integers, out_rows: Integers, query_lens: Integers, kv_lens: Integers
 ) -> dict[str, Integers]:
     """`gathers` [gathered keys / TILE, 3] of sequences, end to end, and their `long_tiles` [tiles, 5] over them."""
-    counts = -(-kv_lens // TILE)
+    counts = -(-kv_lens // GATHERED_KEYS) * (GATHERED_KEYS // TILE)
     starts = np.cumsum(counts) - counts
     owner = np.repeat(np.arange(len(tables)), counts)
     first = TILE * (np.arange(len(owner)) - starts[owner])

@@ -61,7 +61,7 @@ def with_sink(sums, weight, top, sink):
 
 
 @triton.jit
-def _blocks(table, start, end, n, BLOCK_SIZE: tl.constexpr, ONE_BLOCK: tl.constexpr):
+def blocks(table, start, end, n, BLOCK_SIZE: tl.constexpr, ONE_BLOCK: tl.constexpr):
     """Numbers of the cache blocks of the keys from `start` on that lie before `end`: one, or one per key."""
     if ONE_BLOCK:
         return tl.load(table + start // BLOCK_SIZE, start < end, 0).to(tl.int64)
@@ -75,6 +75,7 @@ def attend(
     keys,
     values,
     table,
+    next_n,
     begin,
     end,
     position_m,
@@ -105,9 +106,10 @@ def attend(
     `position_m` are the queries' positions, and `last_m` those of the last keys that they see here. Where FARTHEST is
     not 0, `bias` has what is added for each distance from query to key, up to so far either way. With ONE_BLOCK no
     step of BLOCK_N keys crosses a border between cache blocks, so that a step reads a single block number.
-    With AHEAD a step reads the block numbers of the next: Triton loads keys as many stages ahead of their use as it is
-    given only where their addresses do not depend on what the same step reads. With CONSECUTIVE the blocks follow each
-    other, and `keys` and `values` point to the first of the sequence: there is no table.
+    With AHEAD a step reads the block numbers of the next, and those of the first are `next_n`: Triton loads keys as
+    many stages ahead of their use as it is given only where their addresses do not depend on what the same step reads.
+    With CONSECUTIVE the blocks follow each other, and `keys` and `values` point to the first of the sequence: there is
+    no table.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -116,8 +118,6 @@ def attend(
     weight_m = tl.zeros([BLOCK_M], tl.float32)
     sum_md = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     lane_nd = (n * token_stride)[:, None] + d[None, :]
-    if AHEAD:
-        next_n = _blocks(table, begin, end, n, BLOCK_SIZE, ONE_BLOCK)
     for start in range(begin, end, BLOCK_N):
         key_n = start + n
         held = key_n < end
@@ -126,9 +126,9 @@ def attend(
         else:
             if AHEAD:
                 block_n = next_n
-                next_n = _blocks(table, start + BLOCK_N, end, n, BLOCK_SIZE, ONE_BLOCK)
+                next_n = blocks(table, start + BLOCK_N, end, n, BLOCK_SIZE, ONE_BLOCK)
             else:
-                block_n = _blocks(table, start, end, n, BLOCK_SIZE, ONE_BLOCK)
+                block_n = blocks(table, start, end, n, BLOCK_SIZE, ONE_BLOCK)
             if ONE_BLOCK:
                 at_nd = block_n * block_stride + (start % BLOCK_SIZE) * token_stride + lane_nd
             else:
@@ -199,10 +199,12 @@ def attend_runs(
     weight_m = tl.zeros([BLOCK_M], tl.float32)
     top_m = tl.full([BLOCK_M], FAR, tl.float32)
     for start in range(first_run, end, RUN):
+        own_begin, own_end = tl.maximum(start, begin), tl.minimum(start + RUN, end)
+        first_n = blocks(table, own_begin, own_end, tl.arange(0, BLOCK_N), BLOCK_SIZE, ONE_BLOCK)
         part_md, part_weight_m, part_top_m = attend(
-            q_md, keys, values, table, tl.maximum(start, begin), tl.minimum(start + RUN, end), position_m, last_m,
-            slope_m, bias, block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK,
-            AHEAD, HAS_SLOPES, WINDOW, CAPPED, CAUSAL, FARTHEST, PRECISION,
+            q_md, keys, values, table, first_n, own_begin, own_end, position_m, last_m, slope_m, bias, block_stride,
+            token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD,
+            HAS_SLOPES, WINDOW, CAPPED, CAUSAL, FARTHEST, PRECISION,
         )  # fmt: skip
         if value_scale is not None:
             part_md *= value_scale

@@ -119,9 +119,9 @@ def _tile(
         )  # fmt: skip
     else:
         sum_md, weight_m, top_m = attend(
-            q_md, keys + base, values + base, table, begin, end, position + m, last_m, slope_m, biases, block_stride,
-            token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES, WINDOW,
-            CAPPED, CAUSAL, FARTHEST, PRECISION, CONSECUTIVE,
+            q_md, keys + base, values + base, table, None, begin, end, position + m, last_m, slope_m, biases,
+            block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD,
+            HAS_SLOPES, WINDOW, CAPPED, CAUSAL, FARTHEST, PRECISION, CONSECUTIVE,
         )  # fmt: skip
         if sinks is not None:
             sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -281,14 +281,15 @@ def _cut(queries: int, narrow: bool) -> tuple[int, int, int]:
 def _group_cut(queries: int, rows: int, width: int, wide: bool) -> tuple[int, int, int]:
     """Keys at a time, stages and warps of a program for single queries of a group of heads, of padded sizes.
 
-    Few programs each have much in flight; with many the memory is busy anyway, and a single warp waits for no other.
+    Few programs each have much in flight, but leave room for others beside them; with many the memory is busy anyway,
+    and a single warp waits for no other.
     Measured: docs/performance.md.
     """
     warps = -(-rows * width // 2048)  # 64 registers of a thread hold its share of the sums
     if wide:
         return 16, 1, max(4, warps)
     if queries <= 16:
-        return min(64, 8192 // width), 4, max(4, warps)
+        return min(64, 8192 // width), 2, max(4, warps)
     if queries <= 32:
         return min(32, 4096 // width), 4, max(2, warps)
     return 16, 3, warps

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hasten.ops.gpu import pair_attention
 from hasten.ops.gpu.attend import FAR, shaped, with_sink
 from hasten.ops.gpu.launch import start_next, wait_for_inputs
 from hasten.ops.plan import GATHER_COLUMNS, TILE, TILE_COLUMNS, AttentionPlan
@@ -222,6 +223,8 @@ def attend_gathered(
     group, gathered = heads // kv_heads, TILE * len(plan.gathers)
     options = _options(width, query_tnd.dtype == torch.float32)
     own = {name: option for name, option in common.items() if name != "BLOCK_SIZE"}
+    plain = sinks_n is None and not any(common[name] for name in ("HAS_SLOPES", "WINDOW", "CAPPED", "FARTHEST"))
+    by_pairs = plain and pair_attention.serves(query_tnd, group, width)
     at_once = max(1, _GATHERED_BYTES // (2 * gathered * width * query_tnd.itemsize))
     for first in range(0, kv_heads, at_once):
         count = min(at_once, kv_heads - first)
@@ -231,6 +234,12 @@ def attend_gathered(
             *caches, block_tables, plan.gathers, both, *key_cache.stride()[:3], gathered, TILE=TILE,
             COLUMNS=GATHER_COLUMNS, **{name: common[name] for name in _GATHER_OPTIONS if name in common},
         )  # fmt: skip
+        if by_pairs:
+            pair_attention.attend_pairs(
+                query_tnd, both, scales_2m, plan.long_tiles, out_tnd, gathered=gathered, first_head=first * group,
+                heads=count * group, group=group, scale=scale,
+            )  # fmt: skip
+            continue
         keys, values = (TensorDescriptor.from_tensor(each, [options["BLOCK_N"], width]) for each in both)
         _long_tile[(count * group, len(plan.long_tiles))](
             query_tnd, keys, values, slopes, sinks_n, scales_2m, plan.long_tiles, out_tnd, query_tnd.stride(0),

@@ -8,25 +8,47 @@ a matrix product, so that keys are read once and not once per head.
 import triton
 import triton.language as tl
 
-from hasten.ops.gpu.attend import FAR, attend, attend_runs, capped, column, merged, with_sink
+from hasten.ops.gpu.attend import FAR, attend, attend_runs, blocks, capped, column, merged, with_sink
 from hasten.ops.gpu.launch import start_next, wait_for_inputs
+
+_FEW_ROWS = tl.constexpr(16)
+
+
+@triton.jit
+def _part(part_sums, part_weights, part, there, BLOCK_D: tl.constexpr):
+    """What another program wrote as a part of a softmax; nothing where it is not `there`."""
+    top = tl.load(part_weights + part * 2, there, FAR, cache_modifier=".cg")
+    weight = tl.load(part_weights + part * 2 + 1, there, 0.0, cache_modifier=".cg")
+    sums = tl.load(part_sums + column(part) * BLOCK_D, column(there), 0.0, cache_modifier=".cg")
+    return sums, weight, top
 
 
 @triton.jit
 def _add_up(part_sums, part_weights, first, parts, STEP: tl.constexpr, BLOCK_D: tl.constexpr):
     """The parts of one softmax, STEP places from each other, that other programs wrote: their sum and weight.
 
-    `first` is the place of the first part: a number for sum [d], or [m] for sums [m, d] of rows and weights [m].
+    `first` is the place of the first part: a number for sum [d], or [m] for sums [m, d] of rows and weights [m]. Of few
+    rows four parts are on their way at once, and added in their order; one that is not there changes no bit.
     """
     top = tl.full(first.shape, FAR, tl.float32)
     weight = tl.full(first.shape, 0.0, tl.float32)
     sums = tl.zeros((part_sums + column(first)).shape, tl.float32)
-    for number in range(parts):
-        part = first + number * STEP
-        their_top = tl.load(part_weights + part * 2, cache_modifier=".cg")
-        their_weight = tl.load(part_weights + part * 2 + 1, cache_modifier=".cg")
-        their_sums = tl.load(part_sums + column(part) * BLOCK_D, cache_modifier=".cg")
-        sums, weight, top = merged(sums, weight, top, their_sums, their_weight, their_top)
+    at_once: tl.constexpr = 4 if first.numel <= _FEW_ROWS else 1
+    for number in range(0, parts, at_once):
+        part, there = first + number * STEP, first >= 0
+        sums_0, weight_0, top_0 = _part(part_sums, part_weights, part, there, BLOCK_D)
+        if at_once > 1:
+            there &= number + 1 < parts
+            sums_1, weight_1, top_1 = _part(part_sums, part_weights, part + STEP, there, BLOCK_D)
+            there &= number + 2 < parts
+            sums_2, weight_2, top_2 = _part(part_sums, part_weights, part + 2 * STEP, there, BLOCK_D)
+            there &= number + 3 < parts
+            sums_3, weight_3, top_3 = _part(part_sums, part_weights, part + 3 * STEP, there, BLOCK_D)
+        sums, weight, top = merged(sums, weight, top, sums_0, weight_0, top_0)
+        if at_once > 1:
+            sums, weight, top = merged(sums, weight, top, sums_1, weight_1, top_1)
+            sums, weight, top = merged(sums, weight, top, sums_2, weight_2, top_2)
+            sums, weight, top = merged(sums, weight, top, sums_3, weight_3, top_3)
     return sums, weight
 
 
@@ -227,12 +249,13 @@ def query_group(
     if scales is not None:
         scale *= tl.load(scales + kv_head)
     base = kv_head.to(tl.int64) * head_stride
+    if WINDOW:
+        begin = tl.maximum(begin, tl.minimum(end, tl.maximum(length - WINDOW, 0) // BLOCK_N * BLOCK_N))
+    first_n = blocks(table, begin, end, tl.arange(0, BLOCK_N), BLOCK_SIZE, ONE_BLOCK)
     if (parts > 0) | (program == 0):  # one that waits is enough, and those without work leave their room at once
         wait_for_inputs(PDL)
     if parts > 0:
         q_md = tl.load(query + query_row * query_stride + head_m[:, None] * D + d[None, :], mask_md, 0.0)
-        if WINDOW:
-            begin = tl.maximum(begin, tl.minimum(end, tl.maximum(length - WINDOW, 0) // BLOCK_N * BLOCK_N))
         position_m = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
         last_m = tl.zeros([BLOCK_M], tl.int32) + (end - 1)
         biases = slopes + (head_m * (2 * FARTHEST + 1))[:, None]
@@ -251,9 +274,9 @@ def query_group(
             )  # fmt: skip
         else:
             sum_md, weight_m, top_m = attend(
-                q_md, keys + base, values + base, table, begin, end, position_m, last_m, slope_m, biases, block_stride,
-                token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD, HAS_SLOPES,
-                WINDOW, CAPPED, True, FARTHEST, PRECISION,
+                q_md, keys + base, values + base, table, first_n, begin, end, position_m, last_m, slope_m, biases,
+                block_stride, token_stride, scale, cap, BLOCK_SIZE, D, BLOCK_M, BLOCK_D, BLOCK_N, ONE_BLOCK, AHEAD,
+                HAS_SLOPES, WINDOW, CAPPED, True, FARTHEST, PRECISION,
             )  # fmt: skip
             if scales is not None:
                 sum_md *= tl.load(scales + HEADS // GROUP + kv_head)
