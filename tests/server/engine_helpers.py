@@ -13,7 +13,9 @@ from tests.waiting import LIMIT_S, attempts
 
 from hasten.core.config import EngineConfig
 from hasten.core.types import SamplingParams
-from hasten.server.engine.client import EngineClient, Progress, Queueing
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.queue import Queueing
+from hasten.server.engine.ticket import Progress
 
 LONG_TOKENS = 1500
 LONG = SamplingParams(max_tokens=LONG_TOKENS, temperature=0, ignore_eos=True)

@@ -14,7 +14,8 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.server.create import model_configs
-from hasten.server.engine.client import EngineClient, QueueLimits
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.queue import QueueLimits
 from hasten.server.listeners import HttpListener
 from hasten.server.openai.prompts import ChatPrompts
 from hasten.server.openai.routes import openai_routes

@@ -15,11 +15,10 @@ from hasten.core.errors import HastenError
 from hasten.core.types import SamplingParams
 from hasten.engine.text import Tokenizer
 from hasten.server.create import model_configs
-from hasten.server.engine.client import EngineInfo
 from hasten.server.engine.counters import LanguageCounters
 from hasten.server.engine.queue import DEFAULT_QUEUEING, Queueing
 from hasten.server.engine.ticket import Ticket
-from hasten.server.engine.wire import CompletionDelta, Output
+from hasten.server.engine.wire import CompletionDelta, EngineInfo, Output
 from hasten.server.protocol.tensors import NUMPY
 from hasten.server.repository import MemoryRepository
 from hasten.server.service import Service

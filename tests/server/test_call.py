@@ -14,8 +14,9 @@ from hasten.core.errors import EngineError, HastenError, InvalidRequestError
 from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.by_size import SMALL
 from hasten.server.create import model_configs
-from hasten.server.engine.client import EngineClient, QueueFullError
+from hasten.server.engine.client import EngineClient
 from hasten.server.engine.group import REQUESTS_PER_TURN
+from hasten.server.engine.queue import QueueFullError
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wire import CompletionDelta, Logprob, Output
 from hasten.server.openai.answer import CompletionForm

@@ -26,14 +26,10 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError, ConfigError, InvalidRequestError
 from hasten.core.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 from hasten.engine.llm import LLM
-from hasten.server.engine.client import (
-    CompletionDelta,
-    EngineClient,
-    EngineClosedError,
-    EngineStats,
-    Progress,
-)
-from hasten.server.engine.wire import Output, Step
+from hasten.engine.stats import EngineStats
+from hasten.server.engine.client import EngineClient, EngineClosedError
+from hasten.server.engine.ticket import Progress
+from hasten.server.engine.wire import CompletionDelta, Output, Step
 
 PROMPT = "Anna looked out of the window and"
 

@@ -23,9 +23,9 @@ from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
 from hasten.engine.text import Tokenizer
 from hasten.server.engine import spawned
-from hasten.server.engine.client import EngineClient, QueueTimeoutError
+from hasten.server.engine.client import EngineClient
 from hasten.server.engine.process import with_defaults
-from hasten.server.engine.queue import QueueWaitError
+from hasten.server.engine.queue import QueueTimeoutError, QueueWaitError
 
 
 @pytest.fixture(scope="module", autouse=True)

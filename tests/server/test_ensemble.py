@@ -10,7 +10,7 @@ from tests.server.service_fixtures import DEMO, Outputs, Running, demo, streamin
 from hasten.core.errors import ConfigError
 from hasten.engine.text import Tokenizer
 from hasten.server import tokenizing
-from hasten.server.engine.client import QueueLimits
+from hasten.server.engine.queue import QueueLimits
 from hasten.server.models import text_processing
 from hasten.server.models.config import completed, is_decoupled, parse_config
 from hasten.server.models.ensemble import Ensemble, ordered_steps

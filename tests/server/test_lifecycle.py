@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError
-from hasten.server.engine.client import QueueLimits
+from hasten.server.engine.queue import QueueLimits
 from hasten.server.models.config import parse_config
 from hasten.server.repository import FolderRepository, MemoryRepository, Repository
 from hasten.server.service import ControlMode, Service

@@ -22,7 +22,7 @@ from tests.waiting import LIMIT_S, attempts, eventually
 from hasten import LLM, SamplingParams
 from hasten.core.types import Logprob
 from hasten.server import by_size
-from hasten.server.engine.client import QueueLimits
+from hasten.server.engine.queue import QueueLimits
 from hasten.server.openai import answer, call
 from hasten.server.openai.models import models_by_id
 from hasten.server.statistics import Counters

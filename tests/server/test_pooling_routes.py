@@ -19,7 +19,7 @@ from tests.waiting import LIMIT_S, eventually
 from torch import Tensor
 
 from hasten.engine.text import Tokenizer
-from hasten.server.engine.client import QueueLimits
+from hasten.server.engine.queue import QueueLimits
 
 BOUND = 1e-5
 QUERY = "Where is the garden?"

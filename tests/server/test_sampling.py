@@ -18,7 +18,7 @@ from hasten.core.sampling_rules import Entrance
 from hasten.core.structured_outputs import CONSTRAINTS, STRUCTURED, structured
 from hasten.core.types import SamplingParams
 from hasten.core.values import Kind
-from hasten.server.engine.client import EngineInfo
+from hasten.server.engine.wire import EngineInfo
 from hasten.server.models.interfaces import INTERFACES
 from hasten.server.models.interfaces import Kind as ModelKind
 from hasten.server.models.text_model import read_text

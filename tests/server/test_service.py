@@ -35,7 +35,8 @@ from hasten.core.errors import (
     UnsupportedError,
 )
 from hasten.server.create import model_configs, write_repository
-from hasten.server.engine.client import EngineClient, QueueFullError, QueueLimits, QueueTimeoutError
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.queue import QueueFullError, QueueLimits, QueueTimeoutError
 from hasten.server.errors import service_error
 from hasten.server.repository import FolderRepository, MemoryRepository
 from hasten.server.service import ControlMode, Service

@@ -5,7 +5,7 @@ from tests.server.service_fixtures import LONGEST, Running, demo, streaming, tok
 from tests.waiting import attempts
 
 from hasten.core.errors import EngineError, InvalidRequestError
-from hasten.server.engine.client import QueueFullError, QueueTimeoutError
+from hasten.server.engine.queue import QueueFullError, QueueTimeoutError
 from hasten.server.exposition import Histogram
 from hasten.server.models.work import Work
 from hasten.server.statistics import (

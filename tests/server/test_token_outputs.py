@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from hasten.core.types import FinishReason, SamplingParams
-from hasten.server.engine.client import CompletionDelta
-from hasten.server.engine.wire import Logprob
+from hasten.server.engine.wire import CompletionDelta, Logprob
 from hasten.server.models.token_inputs import Item, TokenRequest
 from hasten.server.models.token_model import BatchOutput
 from hasten.server.types import ServiceError, Tensor

@@ -12,7 +12,9 @@ from tests.server.openai_site import DEMO, with_template
 from hasten.core.config import EngineConfig
 from hasten.engine.text import Tokenizer
 from hasten.server import tokenizing
-from hasten.server.engine.client import EngineClient, EngineInfo, QueueLimits
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.queue import QueueLimits
+from hasten.server.engine.wire import EngineInfo
 from hasten.server.openai.prompts import ChatPrompts
 from hasten.server.openai.routes import openai_routes
 from hasten.server.protocol.http import http_app

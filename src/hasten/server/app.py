@@ -15,7 +15,8 @@ from hasten.core.errors import ConfigError, EngineError, HastenError
 from hasten.server.access import AccessLog
 from hasten.server.connections import ConnectionLimits
 from hasten.server.create import model_configs
-from hasten.server.engine.client import EngineClient, QueueLimits
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.queue import QueueLimits
 from hasten.server.inflight import InflightBytes
 from hasten.server.listeners import GrpcListener, HttpListener, joined
 from hasten.server.machine import raise_descriptor_limit, watch_descriptors

@@ -20,7 +20,7 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError, HastenError
 from hasten.core.files import removed_on_failure, write_text
 from hasten.models.registry import architecture_of, has_encoder, task_of
-from hasten.server.engine.client import QueueLimits
+from hasten.server.engine.queue import QueueLimits
 from hasten.server.models.config import completed, interface_of, kind_of
 from hasten.server.models.interfaces import (
     DEFAULT_MODEL_TYPE,

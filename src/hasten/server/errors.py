@@ -17,7 +17,7 @@ from hasten.core.errors import (
     InvalidRequestError,
     UnsupportedError,
 )
-from hasten.server.engine.client import QueueError, QueueFullError
+from hasten.server.engine.queue import QueueError, QueueFullError
 from hasten.server.protocol.bodies import dump_json
 from hasten.server.protocol.tensors import about
 from hasten.server.types import ErrorKind, ServiceError

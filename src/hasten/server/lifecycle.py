@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from typing import Any
 
 from hasten.core.errors import CapacityError, HastenError
-from hasten.server.engine.client import EngineClient, QueueLimits
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.queue import QueueLimits
 from hasten.server.models.encoder_model import EncoderModel, PooledTextModel, check_model_type
 from hasten.server.models.ensemble import Ensemble
 from hasten.server.models.interfaces import POOLING_KINDS, Kind

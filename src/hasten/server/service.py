@@ -13,7 +13,8 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from hasten import __version__
 from hasten.server.call import note_model
-from hasten.server.engine.client import NO_LIMITS, EngineClient, QueueLimits
+from hasten.server.engine.client import NO_LIMITS, EngineClient
+from hasten.server.engine.queue import QueueLimits
 from hasten.server.lifecycle import Registry, StartEngine
 from hasten.server.models.config import is_decoupled
 from hasten.server.models.interfaces import TEXT_KINDS

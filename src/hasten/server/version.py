@@ -12,7 +12,7 @@ from functools import cached_property
 from tritonclient.grpc import service_pb2
 
 from hasten.core.errors import HastenError, exit_status
-from hasten.server.engine.client import Progress
+from hasten.server.engine.ticket import Progress
 from hasten.server.errors import service_error
 from hasten.server.models.config import is_decoupled
 from hasten.server.models.interfaces import Kind, datatype_name

@@ -22,32 +22,15 @@ from hasten.server.engine.link import Delivery
 from hasten.server.engine.queue import (
     DEFAULT_QUEUEING,
     QueueError,
-    QueueFullError,
     Queueing,
     QueueLimits,
     QueueTimeoutError,
-    QueueWaitError,
     RequestQueue,
 )
 from hasten.server.engine.replica import Replica
-from hasten.server.engine.ticket import Progress, Ticket
-from hasten.server.engine.wire import CompletionDelta, EngineInfo, Start
+from hasten.server.engine.ticket import Ticket
+from hasten.server.engine.wire import Start
 from hasten.server.options import ServerOptions
-
-__all__ = [
-    "CompletionDelta",
-    "EngineClient",
-    "EngineClosedError",
-    "EngineInfo",
-    "EngineStats",
-    "Progress",
-    "QueueError",
-    "QueueFullError",
-    "QueueLimits",
-    "QueueTimeoutError",
-    "QueueWaitError",
-    "Queueing",
-]
 
 _MIN_ENGINE_LIMIT = 8
 """Engines of one model that a machine with fewer CPUs may have, too: those of GPUs need little of them."""

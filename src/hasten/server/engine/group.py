@@ -6,8 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hasten.core.errors import HastenError
-from hasten.server.engine.client import EngineClient, Progress
-from hasten.server.engine.ticket import Ticket
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.ticket import Progress, Ticket
 
 if TYPE_CHECKING:
     from hasten.server.openai.answer import Usage

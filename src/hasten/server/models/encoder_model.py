@@ -20,7 +20,8 @@ from hasten.core.errors import InvalidRequestError
 from hasten.core.types import PoolingParams, PoolingTask, Request
 from hasten.engine.texts import instruction
 from hasten.server.by_size import by_size
-from hasten.server.engine.client import EngineClient, EngineInfo
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.wire import EngineInfo
 from hasten.server.json_size import check_json_size
 from hasten.server.models.config import parameter, wrong
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, ENCODER_TYPES, POOLING_KINDS, Kind

@@ -16,7 +16,7 @@ from hasten.checkpoint.faster_transformer.ini import INT8_MODES, NO_SMOOTHQUANT
 from hasten.core.config import EngineConfig
 from hasten.core.dtypes import dtype_name
 from hasten.core.errors import ConfigError
-from hasten.server.engine.client import QueueLimits
+from hasten.server.engine.queue import QueueLimits
 from hasten.server.models.config import kind_of, parameter, wrong
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, MODEL_TYPES, TEXT_KINDS, Kind
 

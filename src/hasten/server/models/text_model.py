@@ -26,8 +26,9 @@ from hasten.core.sampling_rules import Entrance
 from hasten.core.structured_outputs import ANY_OBJECT, CONSTRAINTS
 from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.by_size import by_size
-from hasten.server.engine.client import CompletionDelta, EngineClient, EngineInfo, Progress
-from hasten.server.engine.ticket import Ticket
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.ticket import Progress, Ticket
+from hasten.server.engine.wire import CompletionDelta, EngineInfo
 from hasten.server.json_size import check_json_size
 from hasten.server.models.config import is_decoupled
 from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS

@@ -23,7 +23,7 @@ from hasten.core.errors import InvalidRequestError
 from hasten.core.sampling import RULES, names_at
 from hasten.core.sampling_rules import Entrance
 from hasten.core.types import SamplingParams
-from hasten.server.engine.client import EngineInfo
+from hasten.server.engine.wire import EngineInfo
 from hasten.server.models.sampling import sampling_options
 from hasten.server.models.work import Work
 from hasten.server.types import ErrorKind, ServiceError, Tensor, invalid

@@ -21,8 +21,10 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.types import FinishReason
 from hasten.server.by_size import by_size
-from hasten.server.engine.client import CompletionDelta, EngineClient, Progress
+from hasten.server.engine.client import EngineClient
 from hasten.server.engine.group import RequestGroup
+from hasten.server.engine.ticket import Progress
+from hasten.server.engine.wire import CompletionDelta
 from hasten.server.models.config import interface_of, is_decoupled, parameter
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, INPUT_NAMES, Kind
 from hasten.server.models.model import EngineModel

@@ -16,9 +16,9 @@ from starlette.responses import Response
 from hasten.core.errors import HastenError
 from hasten.core.types import SamplingParams
 from hasten.server.by_size import SMALL, by_size
-from hasten.server.engine.client import Progress
 from hasten.server.engine.group import RequestGroup
 from hasten.server.engine.queue import DEFAULT_QUEUEING, Queueing
+from hasten.server.engine.ticket import Progress
 from hasten.server.openai.answer import AnswerForm, Usage, check_completions
 from hasten.server.openai.choices import ChatChoices, Choice, Choices
 from hasten.server.openai.errors import checked_queueing, json_response

@@ -12,7 +12,8 @@ from starlette.responses import Response
 from hasten.core.errors import HastenError, InvalidRequestError
 from hasten.core.text import shortened
 from hasten.server.by_size import by_size
-from hasten.server.engine.client import EngineClient, QueueError, Queueing
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.queue import QueueError, Queueing
 from hasten.server.errors import CLIENT_GONE, INTERNAL, kind_of, openai_error, retry_after
 from hasten.server.json_size import check_declared_size
 from hasten.server.openai.params import Decoded, OpenAIError, decode, queue_timeout

@@ -12,7 +12,8 @@ from hasten.core.errors import CheckpointError
 from hasten.engine.chat import ChatTemplate, RenderLimits, chat_prompt
 from hasten.engine.text import TextTooLongError
 from hasten.server.by_size import by_size
-from hasten.server.engine.client import EngineClient, EngineInfo
+from hasten.server.engine.client import EngineClient
+from hasten.server.engine.wire import EngineInfo
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.reading import AnswerReading, Reasoning, reading_of
 from hasten.server.openai.tools import ToolUse

@@ -14,8 +14,10 @@ from hasten.core.errors import HastenError, InvalidRequestError
 from hasten.core.types import PoolingParams, Request
 from hasten.engine.pooling_info import PoolingInfo
 from hasten.engine.texts import Instruction
-from hasten.server.engine.client import EngineClient, Progress, Queueing
+from hasten.server.engine.client import EngineClient
 from hasten.server.engine.group import REQUESTS_PER_TURN, RequestGroup
+from hasten.server.engine.queue import Queueing
+from hasten.server.engine.ticket import Progress
 from hasten.server.openai.answer import Usage
 from hasten.server.pooling.texts import Pair, TextReader
 
