@@ -81,9 +81,8 @@ class Server:
         memory = SharedMemory(allowed=security.allow_client_shm, max_request_bytes=limit)
         salts = security.cache_salt_per_key
         self._keys = ApiKeys.from_file(security.api_key_file, salts=salts) if security.api_key_file else None
-        self._metrics_keys = (
-            ApiKeys.from_file(security.metrics_key_file) | self._keys if security.metrics_key_file else None
-        )
+        files = security.metrics_key_file, security.api_key_file
+        self._metrics_keys = ApiKeys.from_file(*files) if security.metrics_key_file else None
         self._tls = TlsFiles.create(security.tls_certificate, security.tls_key, security.tls_client_ca)
         operations = Operations(self.service, memory, TraceSettings(), logs)
         self._routes = http_routes(operations, limit)

@@ -117,13 +117,16 @@ class ApiKeys:
         self._salts = salts
 
     @classmethod
-    def from_file(cls, name: str, *, salts: bool = True) -> "ApiKeys":
-        """Read a file of one key per line; lines that are empty or begin with # are left out."""
-        with reading(f"API keys from {name}"):
-            lines = utf8_lines(Path(name).read_bytes())
-        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not keys:
-            raise ConfigError(f"{name} has no API key: write one per line")
+    def from_file(cls, *names: str | None, salts: bool = True) -> "ApiKeys":
+        """Read files of one key per line, None for no file; lines that are empty or begin with # are left out."""
+        keys: list[str] = []
+        for name in filter(None, names):
+            with reading(f"API keys from {name}"):
+                lines = utf8_lines(Path(name).read_bytes())
+            found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            if not found:
+                raise ConfigError(f"{name} has no API key: write one per line")
+            keys += found
         return cls(keys, salts=salts)
 
     def tenant(self, authorization: str, key: str = "") -> str | None:
@@ -138,12 +141,6 @@ class ApiKeys:
         if not known:
             return None
         return hashlib.blake2b(given, digest_size=16, person=_PERSON).hexdigest() if self._salts else ""
-
-    def __or__(self, others: "ApiKeys | None") -> "ApiKeys":
-        """These keys and others."""
-        merged = ApiKeys(())
-        merged._digests = [*self._digests, *(others._digests if others is not None else ())]
-        return merged
 
 
 def _digest(key: str) -> bytes:
