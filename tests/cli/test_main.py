@@ -353,6 +353,51 @@ def test_unforeseen_errors_keep_their_traceback() -> None:
     assert "Traceback" in done.stderr
 
 
+SWALLOWS_AN_INTERRUPT = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0)
+except BaseException:
+    print("interrupted within an import", flush=True)
+"""
+IMPORTS_IT = """
+import subprocess, sys, time
+from hasten.cli import generate, main
+def run(args):
+    print("begins")
+    child = subprocess.Popen(["sleep", "100"]) if "child" in sys.argv else None
+    try:
+        import swallows
+        print("imported")
+        while True:
+            time.sleep(0.01)
+    finally:
+        print("cleaned up")
+        if child is not None:
+            child.kill()
+            child.wait()
+generate.run = run
+sys.exit(main.main(["generate", "folder", "--prompt", "x"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "printed"), [((), "begins\n"), (("child",), "begins\nimported\ncleaned up\n")], ids=["alone", "child"]
+)
+def test_an_interrupt_within_an_import_is_not_lost(tmp_path: Path, argv: tuple[str, ...], printed: str) -> None:
+    (tmp_path / "swallows.py").write_text(SWALLOWS_AN_INTERRUPT)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS_IT, *argv],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT_S,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, printed, "hasten: interrupted\n")
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = [
         sys.executable,

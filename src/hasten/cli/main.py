@@ -8,12 +8,12 @@ from contextlib import suppress
 from importlib import import_module
 
 from hasten import __version__
+from hasten.cli.interrupts import INTERRUPTED, interrupts_beside_imports, say_interrupted
 from hasten.cli.options import Parser
 from hasten.core.errors import HastenError, exit_status
 
 BAD_INPUT = 2
 FAILED = 1
-INTERRUPTED = 130
 PIPE_CLOSED = 141
 _UNWRITABLE = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Errors that only writing has."""
@@ -56,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         parser = args.parser
         run: Callable[..., int] = args.run
-        status = run(args)
+        with interrupts_beside_imports():
+            status = run(args)
         sys.stdout.flush()
         return status
     except HastenError as error:
         return _fail(parser.named_by_options(str(error)), exit_status(error))
     except KeyboardInterrupt:
-        print("hasten: interrupted", file=sys.stderr)
+        say_interrupted()
         return INTERRUPTED
     except BrokenPipeError:
         _discard_output()
