@@ -217,6 +217,20 @@ def test_gelu_of_many_rows_ends_the_product(
     assert not gelu_product.serves(x.float(), weight)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [16_384, 32_679])
+def test_real_sizes_with_gelu(rows: int, dtype: torch.dtype, assert_close: Close) -> None:
+    device = torch.device("cuda", 0)
+    weight = make_weight(4096, 1024, dtype, device)
+    x, bias = draw(rows, 1024, dtype=dtype, device=device), draw(4096, dtype=dtype, device=device)
+    product = reference.linear(x[-300:].double(), replace(weight, plain=wide(weight.plain)), wide(bias), None)
+    found = matmul.linear(x, weight, bias, "gelu")
+    assert_close("linear", found[-300:], reference.activated(product, "gelu"))
+    by_pieces = torch.cat([matmul.linear(piece, weight, bias, "gelu") for piece in x.split(4096)])
+    assert_close("stepwise", found, by_pieces.double())  # which are rounded before the activation, too
+
+
 @pytest.mark.parametrize("turns", [False, True], ids=["", "turned"])
 @pytest.mark.parametrize("rows", [1, 33, 65])
 def test_what_no_later_step_reads_stays_where_the_product_leaves_it(
