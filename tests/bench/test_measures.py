@@ -140,8 +140,9 @@ def test_spread() -> None:
 def test_results_that_cannot_be_written_are_refused_beforehand(tmp_path: Path) -> None:
     report.require_writable(None)
     report.require_writable(str(tmp_path / "new.json"))
-    for path in (tmp_path, tmp_path / "missing" / "report.json"):
-        with pytest.raises(ConfigError, match="cannot write the results"):
+    missing = tmp_path / "missing"
+    for path, why in ((tmp_path, "it is a folder; give a file"), (missing / "x.json", f"there is no folder {missing}")):
+        with pytest.raises(ConfigError, match=f"cannot write the results to {path}: {why}"):
             report.require_writable(str(path))
     with pytest.raises(ConfigError, match="cannot write the results"):
         report.write_json(str(tmp_path), {})

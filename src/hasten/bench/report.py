@@ -100,8 +100,10 @@ def require_writable(path: str | None) -> None:
     if path is None:
         return
     folder = Path(path).absolute().parent
-    if Path(path).is_dir() or not folder.is_dir():
-        raise ConfigError(f"cannot write the results to {path}: it is a folder, or its folder does not exist")
+    if Path(path).is_dir():
+        raise ConfigError(f"cannot write the results to {path}: it is a folder; give a file")
+    if not folder.is_dir():
+        raise ConfigError(f"cannot write the results to {path}: there is no folder {Path(path).parent}; make it first")
     if not os.access(path if Path(path).exists() else folder, os.W_OK):
         raise ConfigError(f"cannot write the results to {path}: it is read-only, or you may not write there")
 
