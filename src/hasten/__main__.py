@@ -3,13 +3,16 @@
 import gc
 import sys
 
-from hasten.cli.main import main
+from hasten.cli.interrupts import interrupts_beside_imports
 
 
 def run() -> int:
     """`main` of this process's arguments, after which the process ends."""
     try:
-        return main()
+        with interrupts_beside_imports():
+            from hasten.cli.main import main
+
+            return main()
     finally:
         gc.freeze()  # or Python looks for garbage in all of torch before it ends, which takes half a second
 

@@ -398,6 +398,22 @@ def test_an_interrupt_within_an_import_is_not_lost(tmp_path: Path, argv: tuple[s
     assert (done.returncode, done.stdout, done.stderr) == (130, printed, "hasten: interrupted\n")
 
 
+def test_an_interrupt_before_the_command_is_known_is_one_line() -> None:
+    code = """
+import os, signal, sys
+from hasten.__main__ import run
+class Interrupts:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if name == "hasten.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts)
+run()
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "hasten: interrupted\n")
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = [
         sys.executable,
