@@ -52,28 +52,49 @@ def test_a_token_is_computed_without_the_parts() -> None:
     assert found == [sorted(torch_import._PARTS), expected]
 
 
-def test_a_part_is_there_when_it_is_used() -> None:
-    """By a name in it, by an import of one of its modules, and what it registers after any use."""
-    found = printed("""
+USES = {
+    "a name in a part": "assert torch.export.Dim('n').__name__ == 'n'",
+    "a module of a part": """
+        from torch.utils.data.sampler import SequentialSampler
+        assert SequentialSampler is torch.utils.data.SequentialSampler
+        assert torch.utils.data.sampler is sys.modules["torch.utils.data.sampler"]
+    """,
+    "a module that needs a part": "import torch._dynamo; import torch._prims; assert torch._prims.__spec__.origin",
+    "what imports such modules": "torch.use_deterministic_algorithms(True)",
+    "another thread": """
+        import threading
+        start, found = threading.Barrier(8), []
+        def use():
+            start.wait()
+            found.append(torch.distributions.Normal(0.0, 1.0).stddev.item())
+        threads = [threading.Thread(target=use) for _ in range(8)]
+        [each.start() for each in threads], [each.join() for each in threads]
+        assert found == [1.0] * 8
+    """,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_all_parts_run_once_when_any_is_used(use: str) -> None:
+    program = """
+        runs, run = [], torch_import._PartLoader.run
+        torch_import._PartLoader.run = lambda self, module: (runs.append(module.__name__), run(self, module))
         assert torch_import.postpone_parts()
         import torch
+        with torch.device("meta"):
+            assert torch.empty(2, 3).shape == (2, 3)
         assert waiting() == sorted(torch_import._PARTS)
-        assert torch.export.Dim("n").__name__ == "n"
-        from torch.utils.data.sampler import SequentialSampler
-        assert list(SequentialSampler(range(3))) == [0, 1, 2]
-        assert torch.distributions.Normal(0.0, 1.0).mean == 0
-        import torch.quantization
         assert not hasattr(torch.quantization, "__wrapped__")
-        rest = waiting()
-        for name in rest:
-            dir(sys.modules[name]), getattr(sys.modules[name], "nothing", None)
+        assert not runs
+    """
+    rest = """
+        assert sorted(runs) == sorted(torch_import._PARTS)
         assert all(type(sys.modules[name]) is types.ModuleType for name in torch_import._PARTS)
         with torch.device("meta"):
             shape = torch.ops.aten.linalg_cross(torch.empty(2, 3), torch.empty(2, 3)).shape
-        print(json.dumps([rest, list(shape)]))
-    """)
-    used = {"torch.export", "torch.utils.data", "torch.distributions"}
-    assert found == [sorted(torch_import._PARTS - used), [2, 3]]
+        print(json.dumps(list(shape)))
+    """
+    assert printed("\n".join(map(textwrap.dedent, (program, USES[use], rest)))) == [2, 3]
 
 
 def test_random_numbers_are_drawn_without_the_parts() -> None:
@@ -89,24 +110,6 @@ def test_random_numbers_are_drawn_without_the_parts() -> None:
     """)
     numbers = torch.rand(3, generator=torch.Generator().manual_seed(5)).tolist()
     assert found == [numbers, sorted(torch_import._PARTS), True, numbers, True]
-
-
-def test_a_part_runs_once_though_threads_use_it_together() -> None:
-    found = printed("""
-        import threading
-        torch_import.postpone_parts()
-        import torch
-        runs, run = [], torch_import._PartLoader.run
-        torch_import._PartLoader.run = lambda self, module: (runs.append(module.__name__), run(self, module))
-        start = threading.Barrier(8)
-        def use():
-            start.wait()
-            assert torch.distributions.Normal(0.0, 1.0).stddev == 1
-        threads = [threading.Thread(target=use) for _ in range(8)]
-        [each.start() for each in threads], [each.join() for each in threads]
-        print(json.dumps(runs))
-    """)
-    assert found == ["torch.distributions"]
 
 
 @pytest.mark.parametrize("version", ["__version__ = '1.13.1'\n", "nothing"])

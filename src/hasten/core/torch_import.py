@@ -1,9 +1,9 @@
 """What shortens `import torch`, most of the time of a start: parts that no engine uses, and libraries on another CPU.
 
 The parts are packages that torch's own `__init__` imports for its users, and what registers shapes of results for
-compilers (`torch._meta_registrations`). Each is there by name from the beginning, and is imported when anything is
-looked up in it, or one of its modules is imported. Only for processes that hasten has for itself: a program's own torch
-stays as it is.
+compilers (`torch._meta_registrations`). Each is there by name from the beginning. When anything is looked up in one of
+them, or anything further of torch is imported, the code of all of them runs, in torch's own order. Only for processes
+that hasten has for itself: a program's own torch stays as it is.
 """
 
 import ctypes
@@ -35,6 +35,8 @@ _PARTS = frozenset(
         "torch.utils.data",
     }
 )
+_WITHOUT = frozenset({"torch.utils._device"})
+"""What else is imported of torch, by `with torch.device(...)`, that finds all that it needs."""
 _VERSION = re.compile(r"^__version__ = '(\d+\.\d+)", re.MULTILINE)
 
 
@@ -92,38 +94,53 @@ class _Part(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__") or name == "__all__":
-            _run(self)
+            _run_for(self)
             if type(self) is not _Part or name in vars(self):
                 return getattr(self, name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
 _lock = threading.RLock()
-_begun: set[str] = set()
-"""Names of parts whose code runs, or has run."""
+_waiting: list[_Part] = []
+"""In torch's own order."""
 
 
-def _run(part: _Part) -> None:
-    """Run a part's code, which other threads wait for; while it runs, it finds in the part what is there by then."""
+_depth = 0
+"""How many parts run, each for the one before it."""
+
+
+def _run_for(part: _Part | None = None) -> None:
+    """Run the code of all parts, so that the rest of torch finds it whole: while it is being imported, of this alone.
+
+    Other threads wait meanwhile. What runs finds in its part what is there by then.
+    """
+    global _depth
     with _lock:
-        if part.__name__ in _begun:
-            return
-        loader = part.__loader__
-        assert isinstance(loader, _PartLoader)
-        _begun.add(part.__name__)
-        try:
-            loader.run(part)
-        except BaseException:
-            _begun.discard(part.__name__)
-            raise
-        part.__class__ = ModuleType  # type: ignore[assignment]
+        is_whole = not getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False)
+        for each in list(_waiting) if is_whole and _depth == 0 else [part]:
+            if each is None or each not in _waiting:
+                continue
+            loader = each.__loader__
+            assert isinstance(loader, _PartLoader)
+            _waiting.remove(each)
+            _depth += 1
+            try:
+                loader.run(each)
+            except BaseException:
+                _waiting.insert(0, each)
+                raise
+            finally:
+                _depth -= 1
+            each.__class__ = ModuleType  # type: ignore[assignment]
 
 
 class _PartLoader(SourceFileLoader):
     """Makes a module and leaves its code for later."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Part(spec.name)
+        part = _Part(spec.name)
+        _waiting.append(part)
+        return part
 
     def exec_module(self, module: ModuleType) -> None:
         """Do nothing yet, but for what the code does that is needed without it."""
@@ -133,6 +150,21 @@ class _PartLoader(SourceFileLoader):
     def run(self, module: ModuleType) -> None:
         """Run its code."""
         super().exec_module(module)
+
+
+class _Present:
+    """Loads a module that is there by now."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """See `importlib.abc.Loader`."""
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See `importlib.abc.Loader`."""
+        module.__spec__ = self._spec
 
 
 def _let_generators_be_made() -> None:
@@ -146,15 +178,18 @@ def _let_generators_be_made() -> None:
 
 
 class _Finder:
-    """Finds the parts before others do."""
+    """Finds the parts before others do, and lets them run before anything further of torch is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
-        parent = sys.modules.get(fullname.rpartition(".")[0])
-        if isinstance(parent, _Part):
-            _run(parent)
+        if fullname.startswith("torch.") and fullname not in _WITHOUT and _waiting:
+            parent = sys.modules.get(fullname.rpartition(".")[0])
+            _run_for(parent if isinstance(parent, _Part) else None)
+            # the parts may have imported it; importlib would load it anew, were it found there
+            if (present := sys.modules.pop(fullname, None)) is not None:
+                return ModuleSpec(fullname, _Present(present))  # type: ignore[arg-type]
         if fullname not in _PARTS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
