@@ -3,6 +3,7 @@
 Batches are made as the engine makes them, by `Inputs`, with the work divided as for a GPU.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -493,6 +494,14 @@ def test_long_prompts_by_pairs_of_heads(
     monkeypatch.setattr(pair_attention, "attend_pairs", attend_pairs)
     case.check(whole(case), assert_close)
     assert launched == [heads.query]
+
+
+def test_long_prompts_need_no_language_that_triton_calls_experimental(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = getattr(long_attention._pairs, "__wrapped__")  # noqa: B009 - mypy does not know it
+    assert find() is pair_attention
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    monkeypatch.delitem(sys.modules, "hasten.ops.gpu.pair_attention")
+    assert find() is None
 
 
 @pytest.mark.gpu
