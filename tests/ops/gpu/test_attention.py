@@ -24,7 +24,7 @@ from hasten.engine.text_scheduler import TextSequence
 from hasten.layers.position import alibi_slopes
 from hasten.ops import CACHE_DTYPES, AttentionMeta, CacheScales, reference
 from hasten.ops.gpu import attention, long_attention, pair_attention
-from hasten.ops.plan import MIN_SPLIT_LEN, Planner
+from hasten.ops.plan import MIN_SPLIT_LEN, AttentionPlan, Planner
 
 # tests/bench/test_kernels.py runs every kernel on every Python
 Close = Callable[[str, Tensor, Tensor], None]
@@ -494,6 +494,33 @@ def test_long_prompts_by_pairs_of_heads(
     monkeypatch.setattr(pair_attention, "attend_pairs", attend_pairs)
     case.check(whole(case), assert_close)
     assert launched == [heads.query]
+
+
+@pytest.mark.gpu
+def test_a_dry_run_of_more_queries_than_keys_ends(device: torch.device) -> None:
+    first, queries, keys = np.array([0]), np.array([8192]), np.array([5000])
+    arrays = Planner(2, 1, 132).plan(first, first, queries, keys)
+    plan = AttentionPlan(None, None, **{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+    assert plan.long_tiles is not None
+    blocks = torch.arange(313, dtype=torch.int32, device=device)
+    query_tnd = torch.randn(8192, 2, 64, dtype=torch.float16, device=device)
+    key_cache, value_cache = torch.randn(2, 313, 16, 1, 64, dtype=torch.float16, device=device)
+    meta = AttentionMeta(
+        num_tokens=8192,
+        block_tables=blocks,
+        slot_mapping=blocks,
+        sequences=[0],
+        query_lens=[8192],
+        kv_lens=[5000],
+        plan=plan,
+    )
+    found = attention.paged_attention(query_tnd, key_cache, value_cache, meta, 0.125, None)
+    keys_nkd, values_nkd = (cache.view(-1, 64)[None, :5000] for cache in (key_cache, value_cache))
+    behind = query_tnd[-5000:].transpose(0, 1).float()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        behind, keys_nkd.float().expand(2, -1, -1), values_nkd.float().expand(2, -1, -1), is_causal=True
+    )
+    torch.testing.assert_close(found[-5000:].float(), expected.transpose(0, 1), atol=2e-3, rtol=2e-2)
 
 
 def test_long_prompts_need_no_language_that_triton_calls_experimental(monkeypatch: pytest.MonkeyPatch) -> None:

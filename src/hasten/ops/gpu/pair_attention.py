@@ -214,8 +214,9 @@ def _pair(
     out_row = gl.load(item + 2).to(gl.int64)
     count = gl.load(item + 3)
     position = gl.load(item + 4)
-    blocks = (position + count + BLOCK_N - 1) // BLOCK_N
-    whole = (position + 1) // BLOCK_N
+    # Queries of a dry run may come before all keys, and positions are negative. Of no block, nobody would bring any.
+    blocks = gl.maximum(position + count + BLOCK_N - 1, BLOCK_N) // BLOCK_N
+    whole = gl.maximum(position + 1, 0) // BLOCK_N
     value_scale = 1.0
     if scales is not None:
         scale *= gl.load(scales + head // GROUP)
