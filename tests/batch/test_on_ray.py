@@ -71,7 +71,7 @@ def test_an_engine_that_dies_is_replaced_and_its_rows_are_computed(
 
 
 def test_engines_that_cannot_start_end_the_batch_with_the_reason(cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=f"no engine starts on Ray: {tmp_path / 'none'}"):
+    with pytest.raises(EngineError, match=f"no engine starts on Ray: there is no folder {tmp_path / 'none'};"):
         RayEngines(str(tmp_path / "none"), OPTIONS, engines=1)
 
 
