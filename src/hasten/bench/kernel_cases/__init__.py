@@ -10,8 +10,8 @@ from hasten.bench.kernel_cases.attention import attention, mean_squares, store_h
 from hasten.bench.kernel_cases.cache import choose_beams, copy_blocks, move_beams, write_cache
 from hasten.bench.kernel_cases.case import TOLERANCE, Call, Case, Outputs, Run
 from hasten.bench.kernel_cases.experts import experts, norm_route, route
-from hasten.bench.kernel_cases.norms import add_norm, embedding, embedding_norms, exchange_norm
-from hasten.bench.kernel_cases.products import activations, fp8, gated, layers, linears, project
+from hasten.bench.kernel_cases.norms import add_norm, embedding, embedding_norms, exchange_norm, norm_alone
+from hasten.bench.kernel_cases.products import activations, fp8, gated, layers, linears, project, project_consecutive
 from hasten.bench.kernel_cases.sampling import (
     count_tokens,
     draw,
@@ -50,6 +50,7 @@ def cases(setting: Setting) -> list[Case]:
         *(case for name in cache_dtypes(setting) for case in in_8_bits(replace(setting, cache_dtype=name))),
         *(add_norm(setting, rows) for rows in (1, 64, 8192)),
         *(add_norm(setting, rows, rms=True) for rows in (1, 64, 8192)),
+        *(norm_alone(setting, rows) for rows in (64, 8192)),
         *(add_norm(setting, rows, products=2) for rows in (1, 64)),
         *(exchange_norm(setting, 64, products) for products in (1, 2)),
         *embedding_norms(setting, (1, 64, 8192)),
@@ -67,6 +68,7 @@ def cases(setting: Setting) -> list[Case]:
         experts(setting, 64, ranks=2),
         *(experts(setting, rows, biases=True) for rows in (1, 16)),
         *(project(setting, rows, clip=1.0) for rows in (1, 8)),
+        *(project_consecutive(setting, rows) for rows in (8, 8192)),
         *(project(setting, rows, rotated=True) for rows in (1, 16)),
         resolve_ids(setting, 256),
         *(greedy(setting, rows) for rows in (1, 64, 256)),

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,19 @@ def add_norm(setting: Setting, rows: int, *, rms: bool = False, products: int = 
     shape = f"rms, {rows_text(rows)}" if rms else f"{products_text(products)}{rows_text(rows)}"
     nbytes = (3 + products) * rows * hidden * setting.itemsize
     return Case(op="norm", shape=shape, make=make, nbytes=nbytes, tolerance=norm_of_sum(setting))
+
+
+def norm_alone(setting: Setting, rows: int) -> Case:
+    """The norm of a sum that nobody else reads."""
+
+    def definition(*inputs: Any) -> Tensor:
+        return reference.norm(*inputs)[0]
+
+    def make() -> Call:
+        return call(ops.norm_alone, definition, sum_of(setting, rows, 1), *gain(setting), EPS)
+
+    nbytes = 3 * rows * setting.model.hidden_size * setting.itemsize
+    return Case(op="norm_alone", shape=rows_text(rows), make=make, nbytes=nbytes, tolerance=norm_of_sum(setting))
 
 
 def sum_of(setting: Setting, rows: int, products: int) -> PartialSum:

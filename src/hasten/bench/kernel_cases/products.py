@@ -122,6 +122,25 @@ def project(setting: Setting, rows: int, *, clip: float | None = None, rotated: 
     return replace(case, waits=True, tolerance=case.tolerance or A_STEP.get(setting.cache_dtype or ""))
 
 
+def project_consecutive(setting: Setting, rows: int) -> Case:
+    """Queries, keys and values of texts, each token's in its own row, where the product may leave them."""
+    heads, kv_heads, size = setting.heads
+    into, out = setting.model.hidden_size, (heads + 2 * kv_heads) * size
+
+    def definition(
+        x_th: Tensor, weight: PackedLinear, bias_o: Tensor, keys: Tensor, values: Tensor, slots_t: Tensor
+    ) -> Outputs:
+        return reference.project(x_th, weight, bias_o, keys, values, slots_t, heads), keys, values
+
+    def make() -> Call:
+        keys, values = setting.draw(2, rows, 1, kv_heads, size)
+        slots_t = torch.arange(rows, device=setting.device)
+        inputs = (setting.draw(rows, into), packed(setting, into, out), setting.draw(out), keys, values)
+        return call(partial(ops.project_consecutive, num_heads=heads), definition, *inputs, slots_t)
+
+    return replace(product(setting, "project_consecutive", "qkv", rows, into, out, make), waits=True)
+
+
 def gated(setting: Setting, rows: int) -> Case:
     """A gated unit's product."""
     into, out = setting.model.hidden_size, 2 * setting.model.intermediate_size
