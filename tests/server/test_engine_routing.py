@@ -127,14 +127,14 @@ def test_prompts_that_wait_to_be_computed_count_with_their_tokens() -> None:
 
 def test_outputs_whose_length_is_known_count_with_it() -> None:
     requests = queue(2)
-    long, short = ticket(0, output=200), [ticket(number, output=10) for number in range(1, 7)]
+    long, short = ticket(0, output=60), [ticket(number, output=5) for number in range(1, 7)]
     assert put(requests, long, *short) == [0, *(1,) * 6]
-    assert [engine.tokens_to_come for engine in requests.engines] == [200, 60]
+    assert [engine.tokens_to_come for engine in requests.engines] == [240, 120]
     assert put(requests, ticket(7), ticket(8)) == [1, 0]
     requests.engines[0].set_compiling(long, True)
     assert requests.engines[0].tokens_to_come == 64
     requests.remove(long)
-    assert [engine.tokens_to_come for engine in requests.engines] == [64, 124]
+    assert [engine.tokens_to_come for engine in requests.engines] == [64, 184]
 
 
 def test_nobody_waits_while_an_engine_has_a_place() -> None:

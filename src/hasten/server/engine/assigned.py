@@ -1,7 +1,7 @@
 """The requests that one engine has: at most as many sequences as it runs, and a few more.
 
 Of several engines of one model a request goes to the one where its prompt's prefix is cached, else the least loaded.
-Both are compared in tokens: a request goes where the fewest are to be computed for it and before it. So a
+Both are compared in tokens of prompts: a request goes where the fewest are to be computed for it and before it. So a
 cached prefix decides as long as it saves more work than the engine that has it is behind, and a common prefix, such as
 a system prompt, spreads to all engines under load.
 """
@@ -18,8 +18,10 @@ from hasten.server.engine.wire import Step
 if TYPE_CHECKING:
     from hasten.server.engine.ticket import Ticket
 
-_SEQUENCE_TOKENS = 64
-"""Tokens to come of a completion that may end before it has as many as it may have."""
+_TOKEN_COST = 4
+"""Tokens of prompts that take about as long as a token of a completion, which is computed in a step of few."""
+_STOPPING_TOKENS = 16
+"""Tokens of a completion that may end before it has as many as it may have."""
 _MOST_BLOCKS = 1024
 """Of a prompt that are looked at: each takes about half a microsecond."""
 
@@ -71,8 +73,9 @@ class PrefixTable:
 
 
 def tokens_to_come(ticket: "Ticket") -> int:
-    """About how many tokens a request's completions will have."""
-    return ticket.width * (min(ticket.max_tokens, _SEQUENCE_TOKENS) if ticket.may_stop else ticket.max_tokens)
+    """About how many tokens of prompts a request's completions take as long as."""
+    tokens = min(ticket.max_tokens, _STOPPING_TOKENS) if ticket.may_stop else ticket.max_tokens
+    return _TOKEN_COST * ticket.width * tokens
 
 
 def choose(ticket: "Ticket", engines: "Sequence[AssignedRequests]") -> "AssignedRequests":
@@ -109,7 +112,7 @@ class AssignedRequests:
         self.tokens_ahead = self.tokens_sent = 0
         """Tokens to compute of the prompts that it has not begun, and of all that it was ever sent."""
         self.tokens_to_come = 0
-        """Of its sequences, from their first token on."""
+        """Tokens of prompts that take as long as the completions of its sequences."""
         self.prefixes = PrefixTable()
         self._on_change = on_change
         """Called whenever a request that came now might have to wait for another time."""
