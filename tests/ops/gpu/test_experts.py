@@ -180,6 +180,15 @@ def test_products_of_any_number_of_tokens(
         check(x_th, weights, routing, assert_close, parts=tokens <= 64)
 
 
+@pytest.mark.parametrize("hidden", [2048, 2056])
+def test_programs_of_pairs_suit_the_number_of_input_features(
+    hidden: int, device: torch.device, assert_close: Close
+) -> None:
+    weights = make_experts(9, hidden, 11, HALF, device)
+    x_th = draw(1, hidden, dtype=HALF, device=device)
+    check(x_th, weights, make_routing([[5]], 9, device), assert_close, parts=True)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 @pytest.mark.parametrize("chosen", [[3], [3, 0], [1, 3]], ids=str)
 def test_all_tokens_may_choose_the_same_experts(

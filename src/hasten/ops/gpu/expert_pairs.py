@@ -134,8 +134,9 @@ def _down(
     tl.store(out + tl.program_id(0).to(tl.int64) * H + n, value.to(out.dtype.element_ty), n < H)
 
 
-_GATE_UP_ROWS, _GATE_UP_WARPS = 8, 4
-"""Output features of a program, of each half, and its warps."""
+_GATE_UP = ((2048, 2, 1), (float("inf"), 8, 4))
+"""By the most input features: output features of a program, of each half, and its warps. So few input features are all
+under way at once in the registers of a warp. Measured: docs/performance.md."""
 _DOWN_ROWS, _DOWN_WARPS = 1, 1
 """A warp that depends on no other keeps more loads under way: measured in docs/performance.md."""
 _BLOCK = 256
@@ -152,10 +153,11 @@ def each_pair(x_th: Tensor, weights: PackedExperts, routing: Routing, unit: Gate
     common: dict[str, Any] = dict(H=hidden, I=inner_size, K=top_k, COUNT=count, **overlapped(x_th))
     inner = x_th.new_empty(tokens * top_k, inner_size)
     out = x_th.new_empty(1, tokens, hidden, dtype=torch.float32)
-    _pair_gate_up[(tokens * top_k, triton.cdiv(inner_size, _GATE_UP_ROWS))](
+    rows, warps = next((rows, warps) for most, rows, warps in _GATE_UP if hidden <= most)
+    _pair_gate_up[(tokens * top_k, triton.cdiv(inner_size, rows))](
         x_th, weights.gate_up, weights.gate_up_bias, routing.experts_tk, inner, weights.first,
-        ROWS=_GATE_UP_ROWS, BLOCK_K=min(_BLOCK, triton.next_power_of_2(hidden)),
-        GATE=unit.gate, LIMIT=unit.limit, OFFSET=unit.offset, num_warps=_GATE_UP_WARPS, **common,
+        ROWS=rows, BLOCK_K=min(_BLOCK, triton.next_power_of_2(hidden)),
+        GATE=unit.gate, LIMIT=unit.limit, OFFSET=unit.offset, num_warps=warps, **common,
     )  # fmt: skip
     _down[(tokens, triton.cdiv(hidden, _DOWN_ROWS))](
         inner, weights.down, weights.down_bias, routing.weights_tk, routing.experts_tk, out, weights.first,
