@@ -47,7 +47,7 @@ URL = ("--url", f"http://{HOST}:9", "--vocab-size", "50")
         (("--url", "ftp://host"), "the URL 'ftp://host' does not begin with http:// or https://"),
         (("--url", "http://host", "--api", "triton-grpc"), "does not begin with grpc:// or grpcs://"),
         ((DEMO, "--served-model-name", "m"), "--served-model-name is of a server at --url"),
-        (("/nowhere",), "/nowhere is missing"),
+        (("/nowhere",), "there is no folder /nowhere"),
     ],
 )
 def test_bad_input(hasten_here: "Hasten", options: tuple[object, ...], message: str) -> None:

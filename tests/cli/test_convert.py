@@ -85,7 +85,7 @@ def test_a_quiet_run_prints_no_tensors(tiny_bloom: Path, tmp_path: Path, hasten_
         (["-tp", "3"], "tensor parallel size 3 does not divide attention heads (8)"),
         (["-p", "0"], "processes must be at least 1"),
         (["-dt", "int8"], "invalid choice: 'int8'"),
-        (["-i", "nowhere"], "nowhere is missing"),
+        (["-i", "nowhere"], "there is no folder nowhere"),
     ],
 )
 def test_bad_input_is_one_line(

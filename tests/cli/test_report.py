@@ -233,7 +233,7 @@ def test_bad_input_is_one_line(tiny_bloom: Path, tmp_path: Path, hasten_here: "H
         (("--dataset", str(tmp_path / "none.jsonl")), "cannot read the dataset"),
         (("-o", str(tmp_path / "page.json")), "is what the JSON is called; give the page another ending"),
         (("-o", str(tmp_path / "page.png")), "is what the PNG is called; give the page another ending"),
-        (("-o", str(tmp_path / "no" / "page.html")), "its folder does not exist"),
+        (("-o", str(tmp_path / "no" / "page.html")), "there is no folder"),
         (("--against", "openai=ftp://host"), "does not begin with http"),
         (("-tp", "3"), "does not divide"),
     ):

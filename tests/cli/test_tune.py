@@ -45,7 +45,7 @@ def test_bad_input(tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten") -> N
     for options, message in (
         ((), "the following arguments are required: --slo"),
         (("--slo", "fast"), "'fast' is not a limit of a latency (ttft, itl, tpot, e2el)"),
-        (("--slo", "itl=1s", "-o", tmp_path / "no" / "file"), "its folder does not exist"),
+        (("--slo", "itl=1s", "-o", tmp_path / "no" / "file"), "there is no folder"),
         (("--slo", "itl=1s", "--tensor-para-size", "3"), "does not divide"),
     ):
         done = hasten_here("tune", tiny_bloom, "--device", "cpu", *options)
