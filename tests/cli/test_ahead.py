@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hasten.cli import ahead
-from hasten.core import gpu_start, torch_import
+from hasten.core import gpu_start
 from hasten.core.errors import ConfigError
 
 
@@ -15,7 +15,6 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
     """The folders whose weights are read ahead; torch is here already."""
     found: list[Path | None] = []
     monkeypatch.setattr(gpu_start, "begin", found.append)
-    monkeypatch.setattr(torch_import, "begin", lambda: None)
     return found
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from hasten.core import gpu_start, torch_import
+from hasten.core import gpu_start
 from hasten.core.gpu_weights import folder_of
 
 _PROMPT = [1, 2, 3, 4]
@@ -20,7 +20,6 @@ _PROMPT = [1, 2, 3, 4]
 def main() -> None:
     """Start and measure."""
     began = time.monotonic()
-    torch_import.begin()
     arguments: dict[str, Any] = json.loads(sys.argv[1])
     from hasten.core.config import EngineConfig
     from hasten.core.errors import HastenError

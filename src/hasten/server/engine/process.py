@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hasten.core import gpu_start, torch_import
+from hasten.core import gpu_start
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import EngineError, HastenError
@@ -375,7 +375,6 @@ def _end_with_server() -> None:
 
 def main() -> None:
     """The process: arguments are the socket's number, and a folder whose weights its GPU is known to need, if any."""
-    torch_import.begin()
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # the server decides when this process ends
     threading.Thread(target=_end_with_server, daemon=True).start()
