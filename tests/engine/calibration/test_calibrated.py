@@ -227,7 +227,7 @@ def bad_files(tmp_path: Path) -> dict[str, Path]:
         ("int4", ["--calibration", "broken"], 'broken, line 1: not an object with a string "text"'),
         ("int4", ["--calibration", "missing"], "missing: No such file or directory"),
         ("int4", ["--calibration", "few", "--sequence-length", "1"], "--sequence-length must be at least 2, got 1"),
-        ("int4", ["--evaluate", "-1", "--calibration", "few"], "error: evaluate must be 0 or more, got -1"),
+        ("int4", ["--evaluate", "-1", "--calibration", "few"], "error: --evaluate must be 0 or more, got -1"),
         ("int4", ["--num-samples", "8"], "--num-samples is for calibration: give --calibration as well, or leave it"),
         (
             "int4",
