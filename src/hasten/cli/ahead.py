@@ -15,5 +15,5 @@ def begin(model: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
 
     ConfigError as of the engine.
     """
-    config = EngineConfig.create(os.fspath(model), **options)
+    config = EngineConfig.create(model, **options)
     gpu_start.begin(None if rank_info(config.parallel) is not None else folder_of(config))

@@ -6,7 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def gelu_by_odds(x):
-    """GELU of fp32 values to at most 3.1e-6, which rounding to 16 bits hides: `x` times a logistic function.
+    """GELU of fp32 values, within 3.1e-6: `x` times a logistic function.
+
+    Rounding to fp16 loses more of results from 0.0063 on, to bf16 from 0.0016 on.
 
     Its argument, the logarithm of the odds that a normal number is below `x`, is an odd polynomial: a minimax fit.
     """

@@ -9,14 +9,10 @@ a system prompt, spreads to all engines under load.
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wait import WaitEstimator
 from hasten.server.engine.wire import Step
-
-if TYPE_CHECKING:
-    from hasten.server.engine.ticket import Ticket
 
 _TOKEN_COST = 4
 """Tokens of prompts that take about as long as a token of a completion, which is computed in a step of few."""
