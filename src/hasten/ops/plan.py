@@ -19,6 +19,9 @@ TILE = 64
 TILE_COLUMNS = 5
 """Of a tile: start of the block table, row of its first query in the queries, in the output, queries, position of the
 first; and where attention is not causal, the keys of the sequence."""
+GATHERED_KEYS = 128
+"""Keys of a sequence are gathered in multiples of this, with zeros behind its last, so that none of another sequence
+is among those that a program reads at a time."""
 GATHER_COLUMNS = 3
 """Of TILE keys that are gathered: start of the block table, first key, keys of the sequence."""
 SPLIT_COLUMNS = 8
@@ -139,7 +142,7 @@ class Planner:
         chosen = self.is_long(query_lens, kv_lens) & (query_lens > 1)
         if chosen.any():
             chosen |= (query_lens > 1) & (kv_lens >= _MANY_KEYS)
-        chosen &= np.cumsum(np.where(chosen, -(-kv_lens // TILE) * TILE, 0)) <= _MAX_GATHERED
+        chosen &= np.cumsum(np.where(chosen, -(-kv_lens // GATHERED_KEYS) * GATHERED_KEYS, 0)) <= _MAX_GATHERED
         return chosen
 
     def gathers_any(self, query_lens: Integers, kv_lens: Integers, *, causal: bool) -> bool:
@@ -245,7 +248,7 @@ def long_tiles(
     tables: Integers, query_rows: Integers, out_rows: Integers, query_lens: Integers, kv_lens: Integers
 ) -> dict[str, Integers]:
     """`gathers` [gathered keys / TILE, 3] of sequences, end to end, and their `long_tiles` [tiles, 5] over them."""
-    counts = -(-kv_lens // TILE)
+    counts = -(-kv_lens // GATHERED_KEYS) * (GATHERED_KEYS // TILE)
     starts = np.cumsum(counts) - counts
     owner = np.repeat(np.arange(len(tables)), counts)
     first = TILE * (np.arange(len(owner)) - starts[owner])

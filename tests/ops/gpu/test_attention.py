@@ -3,6 +3,7 @@
 Batches are made as the engine makes them, by `Inputs`, with the work divided as for a GPU.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +23,7 @@ from hasten.engine.step_message import StepMessage, TableRows
 from hasten.engine.text_scheduler import TextSequence
 from hasten.layers.position import alibi_slopes
 from hasten.ops import CACHE_DTYPES, AttentionMeta, CacheScales, reference
-from hasten.ops.gpu import attention, long_attention
+from hasten.ops.gpu import attention, long_attention, pair_attention
 from hasten.ops.plan import MIN_SPLIT_LEN, AttentionPlan, Planner
 
 # tests/bench/test_kernels.py runs every kernel on every Python
@@ -465,8 +466,34 @@ def test_long_prompts(
     assert meta.plan is not None
     assert meta.plan.tiles is not None
     assert meta.plan.gathers is not None
-    assert len(meta.plan.gathers) == 33 + 79
+    assert len(meta.plan.gathers) == 34 + 80
     case.check(meta, assert_close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [Heads(32, 8, 128), Heads(8, 4, 64), Heads(12, 2, 128, block=5)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"cache": torch.float8_e4m3fn}], ids=str)
+def test_long_prompts_by_pairs_of_heads(
+    options: dict[str, Any],
+    heads: Heads,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_close: Close,
+) -> None:
+    lengths = [(2, 2), (63, 63), (64, 64), (1, 33), (65, 65), (129, 129), (66, 200), (700, 1500)]
+    case = Case(heads, dtype, device, alibi=False, gathers=True, **options).fill(lengths)
+    launched = []
+
+    def attend_pairs(*tensors: Any, **options: Any) -> None:
+        launched.append(options["heads"])
+        attend(*tensors, **options)
+
+    attend = pair_attention.attend_pairs
+    monkeypatch.setattr(pair_attention, "attend_pairs", attend_pairs)
+    case.check(whole(case), assert_close)
+    assert launched == [heads.query]
 
 
 @pytest.mark.gpu
@@ -494,6 +521,14 @@ def test_a_dry_run_of_more_queries_than_keys_ends(device: torch.device) -> None:
         behind, keys_nkd.float().expand(2, -1, -1), values_nkd.float().expand(2, -1, -1), is_causal=True
     )
     torch.testing.assert_close(found[-5000:].float(), expected.transpose(0, 1), atol=2e-3, rtol=2e-2)
+
+
+def test_long_prompts_need_no_language_that_triton_calls_experimental(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = getattr(long_attention._pairs, "__wrapped__")  # noqa: B009 - mypy does not know it
+    assert find() is pair_attention
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    monkeypatch.delitem(sys.modules, "hasten.ops.gpu.pair_attention")
+    assert find() is None
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ def test_kernels_of_a_block_are_compiled_at_its_end_and_then_there(tmp_path: Pat
     assert found == {
         "before": False,
         "during": 0,
-        "compiled": ["_add_norm", "_add_norm", "_best_of_chunk", "_best_of_row", "_gather", "_long_tile"],
+        "compiled": ["_add_norm", "_add_norm", "_best_of_chunk", "_best_of_row", "_gather", "_pair"],
         "missing": [],
         "after": True,
         "devices": [3],

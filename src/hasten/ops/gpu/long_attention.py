@@ -6,6 +6,9 @@ copy engine fetches a tile of them into shared memory while the one before is mu
 Shapes: t tokens, n query heads, m key/value heads, d head size, k gathered keys.
 """
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -222,6 +225,10 @@ def attend_gathered(
     group, gathered = heads // kv_heads, TILE * len(plan.gathers)
     options = _options(width, query_tnd.dtype == torch.float32)
     own = {name: option for name, option in common.items() if name != "BLOCK_SIZE"}
+    plain = sinks_n is None and not any(common[name] for name in ("HAS_SLOPES", "WINDOW", "CAPPED", "FARTHEST"))
+    pairs = _pairs() if plain else None
+    if pairs is not None and not pairs.serves(query_tnd, group, width):
+        pairs = None
     at_once = max(1, _GATHERED_BYTES // (2 * gathered * width * query_tnd.itemsize))
     for first in range(0, kv_heads, at_once):
         count = min(at_once, kv_heads - first)
@@ -231,11 +238,29 @@ def attend_gathered(
             *caches, block_tables, plan.gathers, both, *key_cache.stride()[:3], gathered, TILE=TILE,
             COLUMNS=GATHER_COLUMNS, **{name: common[name] for name in _GATHER_OPTIONS if name in common},
         )  # fmt: skip
+        if pairs is not None:
+            pairs.attend_pairs(
+                query_tnd, both, scales_2m, plan.long_tiles, out_tnd, gathered=gathered, first_head=first * group,
+                heads=count * group, group=group, scale=scale,
+            )  # fmt: skip
+            continue
         keys, values = (TensorDescriptor.from_tensor(each, [options["BLOCK_N"], width]) for each in both)
         _long_tile[(count * group, len(plan.long_tiles))](
             query_tnd, keys, values, slopes, sinks_n, scales_2m, plan.long_tiles, out_tnd, query_tnd.stride(0),
             gathered, first * group, scale, cap, GROUP=group, BLOCK_M=TILE, COLUMNS=TILE_COLUMNS, **options, **own,
         )  # fmt: skip
+
+
+@cache
+def _pairs() -> ModuleType | None:
+    """Attention for two heads at a time; None where triton lacks something of the language that it is written in.
+
+    Triton calls that language experimental, and may name its parts anew.
+    """
+    try:
+        return import_module("hasten.ops.gpu.pair_attention")
+    except (ImportError, AttributeError):
+        return None
 
 
 def _options(width: int, wide: bool) -> dict[str, Any]:
