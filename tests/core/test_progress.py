@@ -1,9 +1,8 @@
-import os
-import pty
 import subprocess
 import sys
 
 import pytest
+from tests.terminal import on_a_terminal
 
 from hasten.core.progress import progress_bar
 
@@ -14,29 +13,6 @@ with progress_bar("Loading weights", 2_000_000, unit="bytes", show={show}) as ba
     bar.note("12 tok/s")
 print("done")
 """
-
-
-def on_a_terminal(script: str, **environment: str) -> tuple[str, str]:
-    """What a script prints on standard output, a pipe, and on standard error, a terminal."""
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=follower,
-        text=True,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", **environment},
-    )
-    os.close(follower)
-    shown = bytearray()
-    try:
-        while piece := os.read(leader, 4096):
-            shown += piece
-    except OSError:  # Linux reports the terminal's end as an error
-        pass
-    finally:
-        os.close(leader)
-    output, _ = process.communicate(timeout=100)
-    return output, shown.decode()
 
 
 def test_a_bar_is_drawn_on_a_terminal_and_leaves_standard_output_alone() -> None:

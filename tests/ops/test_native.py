@@ -1,6 +1,7 @@
 """The kernels for a CPU compared with the definitions, on one thread and on two, and recordings of them."""
 
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from tests.ops.conftest import exactly_activated
+from tests.terminal import on_a_terminal
 from tests.waiting import LIMIT_S
 from torch import Tensor
 
@@ -531,6 +533,38 @@ def test_later_starts_import_no_compiler(kernels: native.Kernels) -> None:
     assert done.stdout.split() == ["False"] * 3
 
 
+TWO_KERNELS = """
+import importlib, logging, pkgutil
+from hasten.ops.native import code, compiled
+for module in pkgutil.iter_modules(code.__path__):
+    importlib.import_module(f"{{code.__name__}}.{{module.name}}")
+from hasten.ops.native.code.functions import KERNELS, TEAMS
+for name in list(KERNELS)[2:]:
+    del KERNELS[name]
+TEAMS.clear()
+logging.basicConfig(format="%(message)s", filename={log!r}, level="INFO")
+for _ in range(2):
+    compiled.prepare(show_progress={show})
+print(*compiled._code)
+"""
+
+
+@pytest.mark.any_python
+def test_a_terminal_shows_that_kernels_are_compiled(tmp_path: Path) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    log = tmp_path / "log"
+    for again in (False, True):
+        names, shown = on_a_terminal(TWO_KERNELS.format(log=str(log), show=True), **environment)
+        assert len(names.split()) == 2
+        assert ("Compiling kernels, once for this processor" in shown) == (not again)
+        lines = log.read_text().splitlines()
+        assert lines[0].startswith("compiling kernels for this processor")
+        assert re.fullmatch(r"compiled kernels in \d+\.\d s", lines[1])
+        assert len(lines) == 2, "the second start reads them"
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "other")
+    assert on_a_terminal(TWO_KERNELS.format(log=str(log), show=False), **environment)[1] == ""
+
+
 def test_of_processes_that_start_at_once_a_single_one_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = compiled.own_folder()
@@ -538,7 +572,7 @@ def test_of_processes_that_start_at_once_a_single_one_compiles(monkeypatch: pyte
     compiles, waits = threading.Event(), threading.Event()
     calls: list[None] = []
 
-    def compile_slowly() -> dict[str, bytes]:
+    def compile_slowly(show_progress: bool) -> dict[str, bytes]:
         calls.append(None)
         compiles.set()
         assert waits.wait(LIMIT_S)
@@ -551,9 +585,9 @@ def test_of_processes_that_start_at_once_a_single_one_compiles(monkeypatch: pyte
     monkeypatch.setattr(compiled, "_compiled", compile_slowly)
     monkeypatch.setattr("hasten.ops.native.compiled.time.sleep", wait)
     with ThreadPoolExecutor(2) as pool:  # a lock of a file is of whoever opened it, thread or process
-        first = pool.submit(compiled._kept, folder)
+        first = pool.submit(compiled._kept, folder, False)
         assert compiles.wait(LIMIT_S)
-        second = pool.submit(compiled._kept, folder)
+        second = pool.submit(compiled._kept, folder, False)
         assert first.result() == second.result() == {"norm": b"code"}
     assert len(calls) == 1
 
@@ -562,11 +596,11 @@ def test_a_lock_that_another_process_keeps_is_waited_for_no_longer_than_compilin
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(compiled, "_LONGEST_TURN_S", 0.0)
-    monkeypatch.setattr(compiled, "_compiled", lambda: {"norm": b"code"})
+    monkeypatch.setattr(compiled, "_compiled", lambda show_progress: {"norm": b"code"})
     with compiled._turn(tmp_path):
-        assert compiled._kept(tmp_path / "kernels") == {"norm": b"code"}
+        assert compiled._kept(tmp_path / "kernels", False) == {"norm": b"code"}
     assert compiled._read(tmp_path / "kernels") == {"norm": b"code"}
-    assert compiled._kept(tmp_path / "not there" / "kernels") == {"norm": b"code"}
+    assert compiled._kept(tmp_path / "not there" / "kernels", False) == {"norm": b"code"}
 
 
 def test_code_that_others_could_change_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -30,9 +30,6 @@ from hasten.quantization.scheme import SCHEMES, Quantizer, matrices
 
 _log = logging.getLogger(__name__)
 
-_NOTICED_S = 3.0
-"""Seconds of a start that are explained."""
-
 
 def compute_dtype(name: str, model: ModelConfig, device: torch.device) -> DTypeName:
     """The type to compute in: what was asked; else fp32 on a CPU and the checkpoint's own on a GPU."""
@@ -155,17 +152,14 @@ def _arriving(source: Source, groups: ParallelGroups, device: torch.device) -> I
 
 
 def _explain_cpu(dtype: torch.dtype, level: int) -> None:
-    """Say what a CPU computes in and with; its kernels, which the first start compiles, are there then."""
+    """Say what a CPU computes in and with."""
     if not ops.cpu_multiplies(dtype):
         name = str(dtype).removeprefix("torch.")
         _log.log(level, "%s is no faster than float32 here: its products are computed in float32", name)
-    start = time.perf_counter()
     if not ops.records():
         _log.log(
             level, "decoding takes about twice as long without numba, which is not installed: pip install 'hasten[cpu]'"
         )
-    elif (seconds := time.perf_counter() - start) > _NOTICED_S:
-        _log.log(level, "compiled kernels for this processor in %.1f s; later starts read them", seconds)
 
 
 def quantization_of(config: EngineConfig, checkpoint: Checkpoint) -> str | None:

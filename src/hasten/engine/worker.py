@@ -127,7 +127,7 @@ class Worker:
         """The model of this rank with its weights."""
         if self.device.type == "cpu":
             with self.start_times.phase("compile"):
-                ops.records()  # compiles the kernels, or reads what an earlier start has compiled
+                ops.compile_cpu_kernels(show_progress=config.progress_bars)
         phase, explained = self.start_times.phase("weights"), explained_out_of_memory("loading the model", advice)
         with phase, explained, ops.fixed_order(config.deterministic):
             return build_model(

@@ -66,6 +66,18 @@ def compiled_together(processes: int) -> AbstractContextManager[None]:
     return compiling.compiled_together(processes)
 
 
+def compile_cpu_kernels(*, show_progress: bool) -> None:
+    """Compile the kernels for a CPU, or read what an earlier start has compiled; nothing where numba is not installed.
+
+    `show_progress` draws a bar while they are compiled, if standard error is a terminal.
+    """
+    if native.are_installed():
+        from hasten.ops.native import compiled
+
+        compiled.prepare(show_progress=show_progress)
+        native.kernels()
+
+
 def records() -> bool:
     """Whether kernels for a CPU are there, whose launches can be recorded."""
     return native.kernels() is not None

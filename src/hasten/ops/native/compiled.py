@@ -4,6 +4,7 @@ Reading it takes llvmlite alone, which is imported in a tenth of numba's time.
 """
 
 import fcntl
+import logging
 import os
 import tempfile
 import time
@@ -19,12 +20,16 @@ import llvmlite.binding as llvm
 
 from hasten.core.errors import ConfigError
 from hasten.core.kernel_cache import check_kernel_cache
+from hasten.core.progress import progress_bar
 
 _CODE = Path(__file__).parent / "code"
 _LONGEST_TURN_S, _LOOK_S = 120.0, 0.05
 """How long to wait for another process that compiles, some 15 s of a free core, and how often to look."""
 _engines: list[Any] = []
 """Code is freed with its engine."""
+_code: dict[str, bytes] = {}
+"""Machine code of all kernels, by name, once it has been read or compiled."""
+_log = logging.getLogger(__name__)
 
 
 def kernel_folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -33,16 +38,24 @@ def kernel_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return (Path(folder) if folder else Path("~/.cache").expanduser()) / "hasten" / "kernels"
 
 
-@cache
-def addresses() -> dict[str, int]:
-    """The address of each kernel, by its name; they are compiled where that has not been done."""
+def prepare(*, show_progress: bool = False) -> None:
+    """Read the machine code of all kernels, or compile it, which a bar shows on a terminal if `show_progress`."""
+    if _code:
+        return
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     folder = own_folder()
     code = None if folder is None else _read(folder)
     if code is None:
-        code = _compiled() if folder is None else _kept(folder)
-    return {name: _loaded(name, content) for name, content in code.items()}
+        code = _compiled(show_progress) if folder is None else _kept(folder, show_progress)
+    _code.update(code)
+
+
+@cache
+def addresses() -> dict[str, int]:
+    """The address of each kernel, by its name; they are compiled where that has not been done."""
+    prepare()
+    return {name: _loaded(name, content) for name, content in _code.items()}
 
 
 @cache
@@ -66,12 +79,12 @@ def own_folder() -> Path | None:
     return folder / digest.hexdigest()[:32]
 
 
-def _kept(folder: Path) -> dict[str, bytes]:
+def _kept(folder: Path, show_progress: bool) -> dict[str, bytes]:
     """Compile the kernels and keep them, or read those that another process was compiling meanwhile."""
     with _turn(folder.parent):
         code = _read(folder)
         if code is None:
-            code = _compiled()
+            code = _compiled(show_progress)
             with suppress(OSError):  # a full disk, for one: the next start compiles again
                 _write(folder, code)
     return code
@@ -118,7 +131,7 @@ def _write(folder: Path, code: dict[str, bytes]) -> None:
         library.rename(folder)
 
 
-def _compiled() -> dict[str, bytes]:
+def _compiled(show_progress: bool) -> dict[str, bytes]:
     """Machine code of all kernels for this processor, by name; of each the function `hasten_NAME`."""
     from numba import cfunc, types
 
@@ -140,13 +153,19 @@ def _compiled() -> dict[str, bytes]:
         from hasten.ops.native.code import integers  # noqa: F401
     from hasten.ops.native.code.functions import KERNELS, TEAMS
 
+    functions: list[tuple[str, Any, int]] = [(name, function, 3) for name, function in KERNELS.items()]
+    functions += [(name, function, 1) for name, function in TEAMS.items()]
     code = {}
-    functions = [(name, function, 3) for name, function in KERNELS.items()]
-    for name, function, count in [*functions, *((name, function, 1) for name, function in TEAMS.items())]:
-        compiled = cfunc(types.void(*[types.int64] * count), error_model="numpy")(function)
-        code[name] = _machine_code(
-            compiled.inspect_llvm().replace(compiled.native_name, f"hasten_{name}"), f"hasten_{name}"
-        )
+    start = time.perf_counter()
+    _log.info("compiling kernels for this processor, which takes some 15 s of a core")
+    with progress_bar("Compiling kernels, once for this processor", len(functions), show=show_progress) as bar:
+        for name, function, count in functions:
+            compiled = cfunc(types.void(*[types.int64] * count), error_model="numpy")(function)
+            code[name] = _machine_code(
+                compiled.inspect_llvm().replace(compiled.native_name, f"hasten_{name}"), f"hasten_{name}"
+            )
+            bar.advance()
+    _log.info("compiled kernels in %.1f s", time.perf_counter() - start)
     return code
 
 
