@@ -264,6 +264,11 @@ def test_at_most_one_constraint_is_given() -> None:
     assert not SamplingParams(temperature=0, logit_bias={3: 1}).is_plain
 
 
+@pytest.mark.parametrize("row", [LogprobRow(7, -3.0, 4, [-1.0, -2.5], [5, 1 << 30]), LogprobRow(-1, 0.0, 1, [], [])])
+def test_rows_of_log_probabilities_are_packed_and_unpacked(row: LogprobRow) -> None:
+    assert LogprobRow.unpacked(row.packed()) == row
+
+
 def test_log_probabilities_are_built_as_they_are_read() -> None:
     read: list[int] = []
 
@@ -272,11 +277,13 @@ def test_log_probabilities_are_built_as_they_are_read() -> None:
         return f"<{token}>"
 
     found: LogprobList[dict[int, Logprob] | None] = LogprobList(text_of, [None])
-    found.append(LogprobRow(7, -3.0, 4, [-1.0, -2.0], [5, 6]))
-    found.append(LogprobRow(6, -2.0, 2, [-1.0, -2.0], [5, 6]))
+    found.append(LogprobRow(7, -3.0, 4, [-1.0, -2.0], [5, 6]).packed())
+    found.append(LogprobRow(6, -2.0, 2, [-1.0, -2.0], [5, 6]).packed())
     grown = copy(found)
-    found.append(LogprobRow(9, -0.5, 1, [], []))
+    assert grown.sum == found.sum == -5.0
+    found.append(LogprobRow(9, -0.5, 1, [], []).packed())
     assert (len(grown), len(found), read) == (3, 4, [])
+    assert (grown.sum, found.sum) == (-5.0, -5.5)
     first = {7: Logprob(-3.0, 4, "<7>"), 5: Logprob(-1.0, 1, "<5>"), 6: Logprob(-2.0, 2, "<6>")}
     second = {6: Logprob(-2.0, 2, "<6>"), 5: Logprob(-1.0, 1, "<5>")}
     assert found[1] == first
@@ -289,6 +296,6 @@ def test_log_probabilities_are_built_as_they_are_read() -> None:
         assert type(copied) is list
         assert [list(each or ()) for each in copied] == [[], [7, 5, 6], [6, 5]]
     assert (
-        repr(LogprobList(None, [LogprobRow(1, -1.0, 1, [], [])]))
+        repr(LogprobList(None, [LogprobRow(1, -1.0, 1, [], []).packed()]))
         == "[{1: Logprob(logprob=-1.0, rank=1, decoded_token=None)}]"
     )

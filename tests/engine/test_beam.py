@@ -22,7 +22,7 @@ from hasten.core.config import SchedulerConfig
 from hasten.core.types import Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.beam import BeamSearch, BeamStep, Hypothesis, candidate_count, end_tokens
-from hasten.engine.beam_choice import BeamRecords, ChosenBeams
+from hasten.engine.beam_choice import BeamRecords, beam_steps
 from hasten.engine.block_manager import BlockManager
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.sequence import Sequence
@@ -80,7 +80,7 @@ class Searches:
         values, ids = tensors([each for number in going for each in pairs[number]])
         sent, chosen_2b = ops.BeamSearches.of(list(searches.values()), CPU), torch.zeros(2, chosen, dtype=torch.int32)
         choice = ops.choose_beams(self._states, sent, values, ids, chosen_2b, 1000)
-        steps = ChosenBeams(searches, choice).steps(list(choice))
+        steps = beam_steps(searches, [each.numpy() for each in choice])
         for number, step in steps.items():
             parents, tokens, _ = step.beams
             assert all(parents[parent] == parent for parent in parents)  # nobody's blocks are lost
@@ -268,8 +268,8 @@ class Device:
         if pairs:
             successors = [successor for each in sequences for successor in each.successors]
             layout = self._records.layout(sequences, successors, CPU)
-            chosen = ChosenBeams(layout.by_row, layout.choose(self._records.states, *tensors(pairs), tokens, VOCAB))
-            steps, kept = chosen.steps(list(chosen.choice)), chosen.choice.chosen_2b
+            choice = layout.choose(self._records.states, *tensors(pairs), tokens, VOCAB)
+            steps, kept = beam_steps(layout.by_row, [each.numpy() for each in choice]), choice.chosen_2b
         self._kept[: len(kept), : kept.shape[1]] = kept
         return Chosen(sequences, tokens.tolist(), steps)
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from hasten.core.types import LogprobRow
 from hasten.engine.batch import PromptRun
 from hasten.engine.points import mix64, seeds_of, uniforms
+from hasten.engine.recorded_choice import Chosen
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampled, Sampler
 from hasten.engine.sequence import Sequence
 from hasten.ops import NONE_LEFT
@@ -272,7 +274,7 @@ def test_a_bias_is_added_to_its_token_alone(make_sequence: MakeSequence) -> None
     assert first.token_id == int(logits[0].argmax())
     assert second.token_id == 7
     assert second.top is not None
-    assert second.top.logprob == pytest.approx(float(logits[1].log_softmax(-1)[7]), abs=1e-5)
+    assert LogprobRow.unpacked(second.top).logprob == pytest.approx(float(logits[1].log_softmax(-1)[7]), abs=1e-5)
     assert third.token_id == int(logits[2].topk(2).indices[1])
 
 
@@ -334,13 +336,14 @@ def test_logprobs_are_the_models_own(make_sequence: MakeSequence) -> None:
         assert sampled.top is not None
         requested = sequence.params.logprobs or 0
         best = wanted[row].argsort(descending=True).tolist()
-        entries = sampled.top.entries()
+        top = LogprobRow.unpacked(sampled.top)
+        entries = top.entries()
         assert next(iter(entries)) == sampled.token_id
         assert set(entries) == {sampled.token_id, *best[:requested]}
         for token, entry in entries.items():
             assert entry.logprob == pytest.approx(float(wanted[row, token]), abs=1e-6)
             assert entry.rank == best.index(token) + 1
-        assert sampled.top.logprob == entries[sampled.token_id].logprob
+        assert top.logprob == entries[sampled.token_id].logprob
 
 
 def test_only_rows_that_ask_get_logprobs(make_sequence: MakeSequence) -> None:
@@ -358,7 +361,11 @@ def test_prompt_logprobs_are_those_of_the_tokens_that_follow(make_sequence: Make
     prompts.add(slice(0, 3), logits[:3])
     prompts.add(slice(3, 8), logits[:5])
     runs = list(prompts.collect())
-    found = [(sequence, at, row.entries()) for sequence, first, rows in runs for at, row in enumerate(rows, first)]
+    found = [
+        (sequence, at, LogprobRow.unpacked(row).entries())
+        for sequence, first, rows in runs
+        for at, row in enumerate(rows, first)
+    ]
     assert [(sequence is each, at) for sequence, at, _ in found] == [
         *((True, at) for at in range(4)),
         *((False, at) for at in range(2)),
@@ -406,7 +413,7 @@ def test_minus_infinity_is_a_token_that_cannot_come(make_sequence: MakeSequence)
 
 
 def test_tokens_chosen_elsewhere() -> None:
-    found = Choice(torch.tensor([4, -1, 0], dtype=torch.int32)).collect()
+    found = Choice(Chosen(torch.tensor([4, -1, 0], dtype=torch.int32))).collect()
     assert [each.token_id for each in found] == [4, -1, 0]
     assert [each.error is None for each in found] == [True, False, True]
     assert all(each.top is None for each in found)

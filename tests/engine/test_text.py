@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import pickle
 import random
 import time
@@ -117,6 +118,23 @@ def unread(tokenizer: Tokenizer, ids: list[int], params: SamplingParams) -> tupl
     state = TextState(tokenizer, params)
     found = next((word for token in ids if (word := state.add(token, look_for_stop=True)) is not None), None)
     return found, state.text
+
+
+@given(text=st.text("abc ü", min_size=1, max_size=30), min_tokens=st.integers(0, 8))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_stop_string_that_is_complete_too_early_ends_nothing_later(
+    tokenizer: Tokenizer, text: str, min_tokens: int
+) -> None:
+    ids, stop = tokenizer.encode(text), ["b", "a ü", "cc"]
+    texts = [tokenizer.decode(ids[:count]).rstrip("\ufffd") for count in range(len(ids) + 1)]
+    completed = [
+        any(word in after[max(0, len(before) - len(word) + 1) :] for word in stop)
+        for before, after in itertools.pairwise(texts)
+    ]
+    first = next((count for count, ends in enumerate(completed, 1) if ends and count >= min_tokens), None)
+    state = TextState(tokenizer, SamplingParams(stop=stop))
+    found = [state.add(token, look_for_stop=count >= min_tokens) for count, token in enumerate(ids[:first], 1)]
+    assert [word is not None for word in found] == [count == first for count in range(1, len(found) + 1)]
 
 
 @given(data=st.data(), stop=st.sampled_from(["\ufffd", "a\ufffd", "\ufffda", "\ufffd\ufffd"]))

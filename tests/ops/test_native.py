@@ -348,6 +348,8 @@ def test_log_probabilities(count: int, kernels: native.Kernels) -> None:
             assert part.dtype == expected.dtype
             torch.testing.assert_close(part, expected, rtol=1e-6, atol=2e-6)
         assert torch.equal(found.ids_rk, wanted.ids_rk)
+        packed = kernels.sampling.packed_logprobs(logits[:, : vocab - vocab // 3], tokens.clamp(max=vocab // 2), count)
+        assert torch.equal(packed, found.packed(tokens.clamp(max=vocab // 2)))
 
 
 @pytest.mark.parametrize("vocab", [1, 16, 33, 300])

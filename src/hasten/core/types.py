@@ -1,9 +1,11 @@
 """Requests and their results, with the names that vLLM's users know."""
 
+import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from itertools import count
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast, get_args, overload
 
@@ -122,6 +124,20 @@ class LogprobRow(NamedTuple):
     """Of the most probable tokens, in descending order."""
     top_ids: list[int]
 
+    def packed(self) -> bytes:
+        """The same as 3 + 2k numbers of 4 bytes: the token and its rank in int32, then in fp32 its log-probability and
+        those of the k most probable tokens, then their ids in int32.
+        """
+        numbers = (self.token, self.rank, self.logprob, *self.top_logprobs, *self.top_ids)
+        return _packing(len(self.top_ids)).pack(*numbers)
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> "LogprobRow":
+        """The numbers that `packed` gave."""
+        count = (len(packed) // 4 - 3) // 2
+        token, rank, logprob, *numbers = _packing(count).unpack(packed)
+        return cls(token, logprob, rank, numbers[:count], numbers[count:])
+
     def entries(self, text_of: Callable[[int], str] | None = None) -> dict[int, Logprob]:
         """An entry per token, the position's own first; with their texts where `text_of` gives them."""
         texts: Iterable[str | None] = [None] * len(self.top_ids) if text_of is None else map(text_of, self.top_ids)
@@ -132,6 +148,15 @@ class LogprobRow(NamedTuple):
         return top
 
 
+_LOGPROB, _LOGPROB_AT = struct.Struct("=f"), 8
+"""The log-probability of a packed row's own token, and where it stands."""
+
+
+@cache
+def _packing(count: int) -> struct.Struct:
+    return struct.Struct(f"=iif{count}f{count}i")
+
+
 EntryT = TypeVar("EntryT", bound=dict[int, Logprob] | None, covariant=True)
 
 
@@ -139,21 +164,30 @@ class LogprobList(Sequence[EntryT]):
     """Log-probabilities by position, each as `{token id: Logprob}`, None where there are none.
 
     An entry is built when it is read: most are never read, and they take as long as the choice of the tokens. Slices,
-    and what pickle keeps, are lists.
+    and what pickle keeps, are lists. Rows are those of `LogprobRow.packed`.
     """
 
-    __slots__ = ("_rows", "_text_of")
+    __slots__ = ("_rows", "_sum", "_summed", "_text_of")
 
-    def __init__(self, text_of: Callable[[int], str] | None, rows: Iterable[LogprobRow | None] = ()) -> None:
+    def __init__(self, text_of: Callable[[int], str] | None, rows: Iterable[bytes | None] = ()) -> None:
         self._rows, self._text_of = list(rows), text_of
+        self._sum, self._summed = 0.0, 0
 
-    def append(self, row: LogprobRow) -> None:
+    def append(self, row: bytes) -> None:
         """Take the numbers of one more position."""
         self._rows.append(row)
 
-    def extend(self, rows: Iterable[LogprobRow]) -> None:
+    def extend(self, rows: Iterable[bytes]) -> None:
         """Take the numbers of more positions."""
         self._rows += rows
+
+    @property
+    def sum(self) -> float:
+        """Of the log-probabilities of the positions' own tokens, added up in their order."""
+        for row in self._rows[self._summed :]:
+            self._sum += 0.0 if row is None else _LOGPROB.unpack_from(row, _LOGPROB_AT)[0]
+        self._summed = len(self._rows)
+        return self._sum
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -167,8 +201,8 @@ class LogprobList(Sequence[EntryT]):
             return [self._entry(row) for row in self._rows[index]]
         return self._entry(self._rows[index])
 
-    def _entry(self, row: LogprobRow | None) -> EntryT:
-        return cast("EntryT", None if row is None else row.entries(self._text_of))
+    def _entry(self, row: bytes | None) -> EntryT:
+        return cast("EntryT", None if row is None else LogprobRow.unpacked(row).entries(self._text_of))
 
     def __copy__(self) -> "LogprobList[EntryT]":
         """The entries so far."""

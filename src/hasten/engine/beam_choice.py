@@ -5,8 +5,10 @@ So a search needs nothing from the host between two steps, and is launched befor
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten import ops
@@ -119,19 +121,12 @@ class BeamLayout:
         return ops.choose_beams(states, self.searches, values_rk, ids_rk, chosen_2b, vocab)
 
 
-class ChosenBeams:
-    """How searches go on, on its way to the host."""
-
-    def __init__(self, searches: dict[int, ops.Search], choice: ops.BeamChoice) -> None:
-        self.choice = choice
-        self._searches = searches
-
-    def steps(self, tensors: list[Tensor]) -> dict[int, BeamStep]:
-        """What was chosen for each search, by the row of its first beam, from `choice` on the host."""
-        (tokens, parents), logprobs, *best = (tensor.tolist() for tensor in tensors)
-        steps = {}
-        for index, (row, search) in enumerate(self._searches.items()):
-            own = slice(search.first_chosen, search.first_chosen + search.width)
-            beams = Continuations(parents[own], tokens[own], logprobs[own])
-            steps[row] = BeamStep(beams, Continuations(*(column[index][: search.width] for column in best)))
-        return steps
+def beam_steps(searches: dict[int, ops.Search], arrays: list[NDArray[Any]]) -> dict[int, BeamStep]:
+    """How searches go on, by the row of their first beam, from an `ops.BeamChoice` on the host."""
+    (tokens, parents), logprobs, *best = (array.tolist() for array in arrays)
+    steps = {}
+    for index, (row, search) in enumerate(searches.items()):
+        own = slice(search.first_chosen, search.first_chosen + search.width)
+        beams = Continuations(parents[own], tokens[own], logprobs[own])
+        steps[row] = BeamStep(beams, Continuations(*(column[index][: search.width] for column in best)))
+    return steps

@@ -127,6 +127,20 @@ class TokenBytes(dict[int, bytes]):
         return found
 
 
+class CompletingTokens(dict[int, bool]):
+    """Whether each token may be the last one of any of some words in a text of bytes."""
+
+    def __init__(self, words: Sequence[bytes], token_bytes: TokenBytes) -> None:
+        super().__init__()
+        self._words, self._bytes = words, token_bytes
+
+    def __missing__(self, token: int) -> bool:
+        own = self._bytes[token]
+        beginnings = [own[:end] for end in range(1, len(own) + 1)]
+        found = self[token] = any(word in own or word.endswith(tuple(beginnings)) for word in self._words)
+        return found
+
+
 class TokenStream:
     """Text that grows with its tokens, each in time that does not depend on how many came before.
 

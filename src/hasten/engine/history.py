@@ -35,13 +35,16 @@ class TokenHistory:
 
     def __init__(self, device: torch.device) -> None:
         self.counts = ops.TokenCounts.empty(1, 1, device)
+        self._width = 1
+        """Distinct tokens that each slot has room for."""
         self.slots: dict[int, int] = {}
         """Sequence key -> slot."""
         self._lengths: Integers = np.full(1, _FREE)
         """Of each slot, the number of tokens counted in it, on the device; `_FREE` where it is no sequence's."""
         self._last: CountedRows | None = None
-        """Those of the last step, whose numbers of tokens stand in `_last_lengths` in place of the above."""
+        """Those of the last step, whose slots have the tokens of `_last_lengths` and `_more` in place of the above."""
         self._last_lengths: list[int] = []
+        self._longest = self._more = 0
         self._free = [0]
 
     def rows_of(self, sequences: list[Sequence]) -> CountedRows:
@@ -55,29 +58,29 @@ class TokenHistory:
             slot = self.slots[sequence.key] = self._allocate()
         return slot
 
-    def follow_up(self, counted: CountedRows) -> None:
+    def follow_up(self, counted: CountedRows, *, is_next: bool) -> None:
         """Let each slot have all tokens of its sequence: those that were not counted as they were chosen.
 
-        There is then room for one more in each.
+        There is then room for one more in each. `is_next`: if these were the rows of the last step too, each sequence
+        has got the token since that was counted then (`record`), and no other.
         """
-        lengths = [len(each.token_ids) + each.pending for each in counted.sequences]
-        if counted is not self._last or lengths != self._last_lengths:
+        if counted is not self._last or not is_next:
+            lengths = [len(each.token_ids) + each.pending for each in counted.sequences]
             self._note_last()
             stale = np.flatnonzero(self._lengths[counted.slots] != np.array(lengths)).tolist()
             if stale:
                 self._load([(int(counted.slots[row]), counted.sequences[row]) for row in stale])
-            self._last = counted
-        self._last_lengths = lengths
-        self._reserve(max(lengths) + 1)
+            self._last, self._last_lengths, self._longest = counted, lengths, max(lengths)
+        self._reserve(self._longest + self._more + 1)
 
     def record(self) -> None:
         """Note that a token of each sequence that was last followed up is counted in its slot."""
-        self._last_lengths = [length + 1 for length in self._last_lengths]
+        self._more += 1
 
     def _note_last(self) -> None:
         if self._last is not None:
-            self._lengths[self._last.slots] = self._last_lengths
-            self._last = None
+            self._lengths[self._last.slots] = np.array(self._last_lengths) + self._more
+            self._last, self._more = None, 0
 
     def release(self, key: int) -> None:
         """Free the slot of a sequence that has ended, if it has one."""
@@ -98,9 +101,9 @@ class TokenHistory:
 
     def _reserve(self, width: int) -> None:
         """Make room for that many distinct tokens per slot."""
-        held = self.counts.ids_sw.shape[1]
-        if width > held:
-            self.counts = self.counts.grown(1, max(_MIN_WIDTH, width, 2 * held))
+        if width > self._width:
+            self.counts = self.counts.grown(1, max(_MIN_WIDTH, width, 2 * self._width))
+            self._width = self.counts.ids_sw.shape[1]
 
     def _load(self, stale: list[tuple[int, Sequence]]) -> None:
         if not stale:

@@ -5,6 +5,8 @@ computes a part of a choice, those of its batch are computed op by op.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from operator import is_
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,24 +39,44 @@ class ChoiceStep(NamedTuple):
     states: ops.BeamStates
 
 
-class Chosen(NamedTuple):
+@dataclass(frozen=True)
+class Chosen:
     """What a choice leaves on its device."""
 
     tokens_r: Tensor
-    tops: ops.TopLogprobs | None
-    beams: ops.BeamChoice | None
+    logprobs_rw: Tensor | None = None
+    """Of the rows that ask for log-probabilities, as `ops.packed_logprobs` has them."""
+    beams: ops.BeamChoice | None = None
+
+    @cached_property
+    def copy(self) -> ops.HostCopy:
+        """All of it on its way to the host: the tokens, what there is of beams, and of log-probabilities.
+
+        What is on the host already, a later choice by the same recording overwrites there.
+        """
+        beams = () if self.beams is None else self.beams
+        return ops.HostCopy([self.tokens_r, *beams, *(() if self.logprobs_rw is None else (self.logprobs_rw,))])
 
 
 class _Read(NamedTuple):
     """What a choice reads."""
 
-    where: tuple[int, ...]
-    """Address and shape of its logits: where the step is a recording, they come in the same memory each time."""
+    logits_rv: Tensor
     others: tuple[object, ...]
 
     def is_same(self, other: "_Read") -> bool:
-        """Whether another choice reads the same memory."""
-        return self.where == other.where and all(map(is_, self.others, other.others))
+        """Whether another choice reads the same memory.
+
+        Where the step is a recording, its logits come in the same memory each time.
+        """
+        return all(map(is_, self.others, other.others)) and _are_same(self.logits_rv, other.logits_rv)
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers in memory."""
+    if one is other:
+        return True
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
 
 
 class RecordedChoice:
@@ -67,8 +89,7 @@ class RecordedChoice:
 
     def choose(self, step: ChoiceStep, masks: Masks | None, compute: Callable[[], Chosen]) -> Chosen:
         """What `compute` chooses, which reads nothing else; the next choice may overwrite it."""
-        logits_rv, *others = step
-        read = _Read((logits_rv.data_ptr(), *logits_rv.shape, *logits_rv.stride()), (*others, masks))
+        read = _Read(step[0], (*step[1:], masks))
         if self._recorded is not None and read.is_same(self._recorded[0]):
             _, recording, chosen = self._recorded
             recording.run()

@@ -3,7 +3,14 @@
 import time
 from dataclasses import dataclass, field
 
-from hasten.core.types import CompletionOutput, PooledOutput, PoolingRequestOutput, Request, RequestOutput
+from hasten.core.types import (
+    CompletionOutput,
+    LogprobList,
+    PooledOutput,
+    PoolingRequestOutput,
+    Request,
+    RequestOutput,
+)
 from hasten.engine.beam import BeamSearch
 from hasten.engine.sequence import Sequence
 from hasten.engine.text import TextState
@@ -50,8 +57,11 @@ class RequestState:
     def shown(self) -> RequestOutput:
         """What it has so far; unfinished completions show the text that no stop string can take back."""
         for completion in self.completions.values():
-            if completion.text is not None and completion.output.finish_reason is None:
-                completion.output.text = completion.text.settled
+            output = completion.output
+            if completion.text is not None and output.finish_reason is None:
+                output.text = completion.text.settled
+            if isinstance(output.logprobs, LogprobList):
+                output.cumulative_logprob = output.logprobs.sum
         if len(self.output.outputs) != len(self.completions):
             self.output.outputs = [completion.output for _, completion in sorted(self.completions.items())]
         if self.unfinished == 0 and not self.output.finished:

@@ -95,7 +95,7 @@ class RequestTracker:
             text = TextState(self._tokenizer, params, continues=state.continues)
         output = CompletionOutput(index=sequence.index, text="", token_ids=[])
         if params.logprobs is not None:
-            output.logprobs, output.cumulative_logprob = LogprobList(self.stopping.text_of), 0.0
+            output.logprobs = LogprobList(self.stopping.text_of)
         state.completions[sequence.index] = Completion(output, text, sequence, state.continues)
 
     def release(self, key: int) -> None:
@@ -157,7 +157,6 @@ class RequestTracker:
             return
         if sampled.top is not None and isinstance(output.logprobs, LogprobList):
             output.logprobs.append(sampled.top)
-            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + sampled.top.logprob
         if self._extend(state, completion, token) or constraint is None or not self._skips_forced(sequence):
             return
         for forced in constraint.forced():

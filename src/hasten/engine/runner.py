@@ -365,9 +365,13 @@ class Runner:
         output = self._replayed(hidden_th, rows)
         if output is not None and output.local_logits is not None:
             return output.local_logits
-        if len(rows) < len(hidden_th):
-            hidden_th = hidden_th[ops.to_device(rows, torch.int64, self.device)]
-        return self.head.local_logits(hidden_th)
+        return self.head.local_logits(self._of_rows(hidden_th, rows))
+
+    def _of_rows(self, hidden_th: Tensor, rows: list[int]) -> Tensor:
+        """These rows, in ascending order, of the hidden states."""
+        if rows and rows[-1] - rows[0] == len(rows) - 1:
+            return hidden_th[rows[0] : rows[0] + len(rows)]
+        return hidden_th[ops.to_device(rows, torch.int64, self.device)]
 
     def _replayed(self, hidden_th: Tensor, rows: list[int]) -> StepOutput | None:
         """What a graph left of these hidden states, if all rows are wanted."""

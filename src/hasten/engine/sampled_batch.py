@@ -72,15 +72,16 @@ class MaskedRows:
         self._rows = rows
         self._masks: Masks | None = None
 
-    def masks(self, vocab: int, device: torch.device) -> Masks | None:
-        """The masks at this step; None where no row has one. The grammars must have accepted all tokens before.
+    def masks(self, logits_rv: Tensor) -> Masks | None:
+        """The masks of all logits at this step; None where no row has one.
 
-        On a CPU it is the same object each time, with other bits.
+        The grammars must have accepted all tokens before. On a CPU it is the same object each time, with other bits.
         """
         if not self._masked_rows:
             return None
+        device = logits_rv.device
         if self._masks is None or device.type != "cpu":
-            self._masks = self._laid_out(vocab, device)
+            self._masks = self._laid_out(logits_rv.shape[1], device)
             return self._masks
         self._fill(self._masks[1])
         return self._masks
@@ -122,6 +123,8 @@ class SampledBatch:
         self.logprobs = {row: each.logprobs for row, each in enumerate(params) if each.logprobs is not None}
         self.drawn = [row for row in self.single if not params[row].greedy]
         """Rows that are drawn; the others get their most probable token."""
+        self._next_lengths: list[int] = []
+        """Of all sequences at the next step, if each gets one token until then."""
         self.counted: CountedRows | None = None
         """Whose tokens are counted, which the sampler sets; None before."""
         self._draws = _Draws([sequences[row] for row in self.drawn]) if self.drawn else None
@@ -142,12 +145,19 @@ class SampledBatch:
             return self.sequences
         return [each for sequence in self.sequences for each in sequence.successors]
 
-    def draws(self, device: torch.device) -> ops.Draws | None:
+    def note_step(self) -> bool:
+        """Note that a step begins; whether each sequence has got one token since the last one."""
+        lengths = [len(each.token_ids) + each.pending for each in self.sequences]
+        is_next = lengths == self._next_lengths
+        self._next_lengths = [length + 1 for length in lengths]
+        return is_next
+
+    def draws(self, device: torch.device, *, is_next: bool) -> ops.Draws | None:
         """How the next tokens of `drawn` are drawn; None where there are no such rows.
 
-        On a CPU it is the same object each time, with other points.
+        On a CPU it is the same object each time, with other points. `is_next`: as `note_step` says.
         """
-        return None if self._draws is None else self._draws.next(device)
+        return None if self._draws is None else self._draws.next(device, is_next=is_next)
 
 
 _STEPS = 32
@@ -170,18 +180,14 @@ class _Draws:
         )
         self._column: NDArray[np.float64] = self._draws.packed_r5.numpy()[:, 4]
         self._seeds = seeds_of([sequence.seed for sequence in sequences])
-        self._lengths: list[int] = []
-        """Where each sequence is drawn next, if it has got a token since the last step."""
         self._points: deque[NDArray[np.float64]] = deque()
         """Of this step and later ones."""
 
-    def next(self, device: torch.device) -> ops.Draws:
-        """With the points of the sequences' next tokens."""
-        lengths = [len(each.token_ids) + each.pending - each.prompt_len for each in self._sequences]
-        if lengths != self._lengths or not self._points:
-            positions = np.array(lengths) + np.arange(_STEPS)[:, np.newaxis]
-            self._points = deque(uniforms(self._seeds, positions))
-        self._lengths = [length + 1 for length in lengths]
+    def next(self, device: torch.device, *, is_next: bool) -> ops.Draws:
+        """With the points of the sequences' next tokens; `is_next`: each has got one since the last call."""
+        if not is_next or not self._points:
+            lengths = [len(each.token_ids) + each.pending - each.prompt_len for each in self._sequences]
+            self._points = deque(uniforms(self._seeds, np.array(lengths) + np.arange(_STEPS)[:, np.newaxis]))
         self._column[:] = self._points.popleft()
         if device.type == "cpu":
             return self._draws

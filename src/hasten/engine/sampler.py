@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from hasten import ops
-from hasten.core.types import LogprobRow
 from hasten.engine.batch import PromptRun
 from hasten.engine.beam import BeamStep
-from hasten.engine.beam_choice import BeamLayout, BeamRecords, ChosenBeams
+from hasten.engine.beam_choice import BeamLayout, BeamRecords, beam_steps
 from hasten.engine.edits import RowEdits
 from hasten.engine.history import CountedRows, TokenHistory
 from hasten.engine.recorded_choice import ChoiceStep, Chosen, Masks
 from hasten.engine.sampled_batch import SampledBatch
 from hasten.engine.sequence import Sequence
+from hasten.ops.plan import Integers
 
 _NOT_FINITE = "the model's logits are not finite: its values overflow this data type; compute in bf16 or fp32"
 _NOTHING_ALLOWED = (
@@ -34,8 +34,9 @@ class Sampled:
     """The next token of one sequence."""
 
     token_id: int
-    top: LogprobRow | None = None
-    """The chosen token and the most probable ones, if the request asked for log-probabilities."""
+    top: bytes | None = None
+    """The chosen token and the most probable ones, if the request asked for log-probabilities: a
+    `LogprobRow.packed`."""
     error: str | None = None
     """Why there is no token."""
     beams: BeamStep | None = None
@@ -47,21 +48,19 @@ class Choice:
 
     def __init__(
         self,
-        tokens_r: Tensor,
-        tops: ops.TopLogprobs | None = None,
+        chosen: Chosen,
         logprobs: dict[int, int] | None = None,
-        beams: ChosenBeams | None = None,
+        layout: BeamLayout | None = None,
         sequences: list[Sequence] | None = None,
     ) -> None:
-        self._tokens_r = tokens_r
+        """`logprobs`: row -> how many log-probabilities its request asks for."""
+        self._chosen, self._layout = chosen, layout
         self._logprobs = logprobs or {}
-        """Row -> how many log-probabilities its request asks for; `tops` has those rows in this order."""
-        self._beams = beams
         self._sequences = sequences or []
         """Those of the rows, where a request may have excluded tokens."""
-        self._copy = ops.HostCopy([tokens_r, *(() if beams is None else beams.choice), *(() if tops is None else tops)])
+        self._copy = chosen.copy
         # on a CPU the tokens are there, in memory that the next choice may overwrite
-        self._sampled = self._collected() if tokens_r.device.type == "cpu" else None
+        self._sampled = None if self._copy.is_under_way else self._collected()
 
     @property
     def chosen(self) -> Tensor:
@@ -69,29 +68,30 @@ class Choice:
 
         With beams as in `ops.BeamChoice`.
         """
-        return self._tokens_r.unsqueeze(0) if self._beams is None else self._beams.choice.chosen_2b
+        chosen = self._chosen
+        return chosen.tokens_r.unsqueeze(0) if chosen.beams is None else chosen.beams.chosen_2b
 
     def collect(self) -> list[Sampled]:
         """The tokens, or an error for a sequence without any finite logit. Waits until the device has chosen."""
         return self._collected() if self._sampled is None else self._sampled
 
     def _collected(self) -> list[Sampled]:
-        tokens_r, *tops = self._copy.wait()
+        tokens_r, *others = self._copy.arrays()
         tokens: list[int] = tokens_r.tolist()
-        sampled = [Sampled(token) if token >= 0 else self._none(row, token) for row, token in enumerate(tokens)]
-        if self._beams is not None:
-            count = len(self._beams.choice)
-            for row, step in self._beams.steps(tops[:count]).items():
+        if min(tokens, default=0) < 0:
+            sampled = [Sampled(token) if token >= 0 else self._none(row, token) for row, token in enumerate(tokens)]
+        else:
+            sampled = list(map(Sampled, tokens))
+        if self._logprobs:
+            rows = _rows(list(self._logprobs.values()), others.pop())
+            for row, top in zip(self._logprobs, rows, strict=True):
+                if tokens[row] >= 0:
+                    sampled[row].top = top
+        if self._layout is not None and self._chosen.beams is not None:
+            for row, step in beam_steps(self._layout.by_row, others).items():
                 sampled[row].beams = step
                 if step.best.logprobs[0] == -math.inf and sampled[row].error is None:
                     sampled[row] = self._none(row, ops.NONE_LEFT)
-            tops = tops[count:]
-        if self._logprobs:
-            chosen = [tokens[row] for row in self._logprobs]
-            rows = _rows(chosen, list(self._logprobs.values()), ops.TopLogprobs(*tops))
-            for row, top in zip(self._logprobs, rows, strict=True):
-                if top.token >= 0:
-                    sampled[row].top = top
         return sampled
 
     def seconds_after(self, earlier: "Choice") -> float | None:
@@ -131,9 +131,9 @@ class Sampler:
         batch, device = self._batch, logits_rv.device
         if batch is None or batch.sequences != sequences:
             batch = self._batch = SampledBatch(sequences, [self._own(sequence) for sequence in sequences], device)
-        successors = batch.successors
+        is_next, successors = batch.note_step(), batch.successors
         layout = self._records.layout(batch.sequences, successors, device) if batch.beams else None
-        counted = self._counted(batch, successors, layout)
+        counted = self._counted(batch, successors, layout, is_next=is_next)
         history = self._history
         edits, beam_edits = (
             rows.edits(history.slots, device) if rows else None for rows in (batch.edited, batch.edited_beams)
@@ -141,10 +141,10 @@ class Sampler:
         step = ChoiceStep(
             logits_rv=logits_rv,
             chosen_r=self._none_chosen if chosen_r is None else chosen_r,
-            draws=batch.draws(device),
+            draws=batch.draws(device, is_next=is_next),
             edits=edits,
             beam_edits=beam_edits,
-            beam_masks=batch.masked_beams.masks(logits_rv.shape[1], device),
+            beam_masks=batch.masked_beams.masks(logits_rv),
             counts=history.counts,
             counted=counted,
             layout=layout,
@@ -161,7 +161,7 @@ class Sampler:
         return own
 
     def _counted(
-        self, batch: SampledBatch, successors: list[Sequence], layout: BeamLayout | None
+        self, batch: SampledBatch, successors: list[Sequence], layout: BeamLayout | None, *, is_next: bool
     ) -> CountedRows | None:
         """Whose tokens are counted, of all that get one, with all their tokens counted; None without penalties."""
         if not batch.has_penalties:
@@ -174,7 +174,7 @@ class Sampler:
                 counted.followed = ops.FollowedCounts.of(counted.all_slots, layout.families, device)
         if successors is batch.sequences:
             batch.counted = counted
-        self._history.follow_up(counted)
+        self._history.follow_up(counted, is_next=is_next)
         return counted
 
 
@@ -191,15 +191,12 @@ class PreparedChoice:
     def choose(self) -> Choice:
         """Choose the tokens. The sequences' grammars must have accepted all tokens before."""
         step, batch = self._step, self._batch
-        masks = batch.masked.masks(step.logits_rv.shape[1], step.logits_rv.device)
+        masks = batch.masked.masks(step.logits_rv)
         if self._begun is not None:
             chosen = self._chosen(*self._begun, masks)
         else:
             chosen = batch.recorded.choose(step, masks, lambda: self._chosen(*self._begin(), masks))
-        beams = None
-        if step.layout is not None and chosen.beams is not None:
-            beams = ChosenBeams(step.layout.by_row, chosen.beams)
-        return Choice(chosen.tokens_r, chosen.tops, batch.logprobs, beams, batch.sequences)
+        return Choice(chosen, batch.logprobs, step.layout, batch.sequences)
 
     def _begin(self) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The edited logits, and of beams the most probable tokens and their log-probabilities."""
@@ -235,7 +232,7 @@ class PreparedChoice:
     def _chosen(self, edited_rv: Tensor, candidates: tuple[Tensor, Tensor] | None, masks: Masks | None) -> Chosen:
         step, batch = self._step, self._batch
         tokens_r = self._tokens(edited_rv if masks is None else ops.mask_logits(edited_rv, *masks))
-        beams, tops = None, None
+        beams, logprobs_rw = None, None
         if step.layout is not None and candidates is not None:
             beams = step.layout.choose(step.states, *candidates, tokens_r, edited_rv.shape[1])
         if step.counted is not None:
@@ -247,8 +244,8 @@ class PreparedChoice:
             ops.count_tokens(step.counts, step.counted.slots_b, tokens_b)
         if batch.logprobs:
             own_rv, own_r = _selected(list(batch.logprobs), step.logits_rv, tokens_r)
-            tops = ops.top_logprobs(own_rv, own_r, max(batch.logprobs.values()))
-        return Chosen(tokens_r, tops, beams)
+            logprobs_rw = ops.packed_logprobs(own_rv, own_r, max(batch.logprobs.values()))
+        return Chosen(tokens_r, logprobs_rw, beams)
 
     def _tokens(self, logits_rv: Tensor) -> Tensor:
         """The next token of each row, drawn or the most probable one."""
@@ -297,12 +294,16 @@ def draw_every_way(logits_rv: Tensor) -> None:
         ops.draw(logits_rv, draws)
 
 
-def _rows(tokens: list[int], counts: list[int], tops: ops.TopLogprobs) -> list[LogprobRow]:
-    """For each row its token and its `counts` most probable ones."""
-    columns = [tensor.tolist() for tensor in tops]
-    if min(counts) < len(columns[-1][0]):
-        columns[2:] = [[each[:count] for each, count in zip(column, counts, strict=True)] for column in columns[2:]]
-    return list(map(LogprobRow, tokens, *columns))
+def _rows(counts: list[int], packed_rw: Integers) -> list[bytes]:
+    """The rows of `ops.packed_logprobs` as bytes, each with no more than its `counts` most probable tokens."""
+    words = packed_rw.shape[1]
+    rows: list[bytes] = packed_rw.view(f"V{4 * words}")[:, 0].tolist()
+    most = (words - 3) // 2
+    if min(counts) < most:
+        ids = 4 * (3 + most)
+        sizes = [4 * min(count, most) for count in counts]
+        rows = [row[: 12 + size] + row[ids : ids + size] for row, size in zip(rows, sizes, strict=True)]
+    return rows
 
 
 class PromptLogprobs:
@@ -324,14 +325,17 @@ class PromptLogprobs:
     def add(self, piece: slice, logits_rv: Tensor) -> None:
         """Take the logits of a piece of the runs' rows."""
         tokens_r = ops.to_device(self._tokens[piece], torch.int32, logits_rv.device)
-        copy = ops.HostCopy(ops.top_logprobs(logits_rv, tokens_r, max(self._counts[piece])))
+        copy = ops.HostCopy([ops.packed_logprobs(logits_rv, tokens_r, max(self._counts[piece]))])
         self._pieces.append((piece, copy))
 
-    def collect(self) -> Iterator[tuple[Sequence, int, list[LogprobRow]]]:
-        """For each run its first position, and log-probabilities of the tokens behind its own; waits for the device."""
-        found: list[LogprobRow] = []
+    def collect(self) -> Iterator[tuple[Sequence, int, list[bytes]]]:
+        """For each run its first position, and log-probabilities of the tokens behind its own; waits for the device.
+
+        They are packed (`LogprobRow.packed`).
+        """
+        found: list[bytes] = []
         for piece, copy in self._pieces:
-            found += _rows(self._tokens[piece], self._counts[piece], ops.TopLogprobs(*copy.wait()))
+            found += _rows(self._counts[piece], copy.arrays()[0])
         begin = 0
         for sequence, first, rows in self._runs:
             yield sequence, first, found[begin : begin + min(len(rows), sequence.prompt_len - 1 - first)]

@@ -2,9 +2,9 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,14 @@ from hasten.core.text import require_utf8
 from hasten.core.types import SamplingParams
 from hasten.engine import tokenizer_files
 from hasten.engine.cleanup import CleanedStream, Stream, cleaned
-from hasten.engine.detokenizer import REPLACEMENT, Detokenizer, TokenBytes, TokenStream
+from hasten.engine.detokenizer import REPLACEMENT, CompletingTokens, Detokenizer, TokenBytes, TokenStream
 from hasten.engine.token_bound import most_bytes_per_token
 
 _PROMPT_END = 16
 """Tokens at the end of a prompt of which usually one has text."""
 
+_MOST_COMPLETING = 16
+"""Sets of stop strings of which it is kept which tokens may complete them."""
 _MOST_BYTES = 4
 """Of a character."""
 _ANCHORS, _FOLLOWER = ("\n", ".", "(", "-"), "a"
@@ -265,6 +267,19 @@ class Tokenizer:
         """What each token adds to the bytes of a text; None where text is made otherwise."""
         return None if self._cleans_up else self._token_bytes[skip_special_tokens]
 
+    def completing_tokens(self, words: tuple[str, ...], *, skip_special_tokens: bool) -> CompletingTokens:
+        """Which tokens may be the last ones of any of these words; for who has `token_bytes`."""
+        return self._completing_tokens(words, skip_special_tokens)
+
+    @cached_property
+    def _completing_tokens(self) -> Callable[[tuple[str, ...], bool], CompletingTokens]:
+        return lru_cache(_MOST_COMPLETING)(self._new_completing_tokens)
+
+    def _new_completing_tokens(self, words: tuple[str, ...], skip_special_tokens: bool) -> CompletingTokens:
+        token_bytes = self._token_bytes[skip_special_tokens]
+        assert token_bytes is not None
+        return CompletingTokens([word.encode(errors="replace") for word in words], token_bytes)
+
     @cached_property
     def _token_bytes(self) -> dict[bool, TokenBytes | None]:
         if not self._detokenizer.is_byte_level:
@@ -316,20 +331,37 @@ def _utf8(*texts: str) -> Iterator[None]:
         raise
 
 
+class _Constant(dict[int, bool]):
+    """The same for all tokens."""
+
+    def __init__(self, value: bool) -> None:
+        super().__init__()
+        self._value = value
+
+    def __missing__(self, token: int) -> bool:
+        return self._value
+
+
 class TextState:
     """The text of one completion: looks for stop strings and holds back what may yet become one."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, *, continues: bool = False) -> None:
         self._stream = tokenizer.stream(skip_special_tokens=params.skip_special_tokens, continues=continues)
-        self._stop = params.stop
-        self._bytes = None
+        self._stop = tuple(params.stop)
+        self._bytes: TokenBytes | None = None
+        self._completing: Mapping[int, bool] = _Constant(bool(self._stop))
+        """Whether each token may be the last one of a stop string."""
         if self._stop and not any(REPLACEMENT in word for word in self._stop):
             self._bytes = tokenizer.token_bytes(skip_special_tokens=params.skip_special_tokens)
+        if self._bytes is not None:
+            self._completing = tokenizer.completing_tokens(self._stop, skip_special_tokens=params.skip_special_tokens)
         self._words = [word.encode(errors="replace") for word in self._stop]
         self._end = b""
         """At least those bytes at the end of the text that a stop string may begin in."""
         self._unread: list[int] = []
         """Tokens whose text nobody has needed yet; none of them ends it."""
+        self._joined = 0
+        """How many of them `_end` has."""
         self._include_stop = params.include_stop_str_in_output
         self._longest = max((len(word) for word in self._stop), default=0)
         self._most_bytes = _MOST_BYTES * self._longest
@@ -340,43 +372,52 @@ class TextState:
 
     def add(self, token_id: int, *, look_for_stop: bool) -> str | None:
         """Take one more token; the stop string that it completes, if any, ends the text there."""
-        if not self._may_end(token_id) or not look_for_stop:
-            self._unread.append(token_id)
+        self._unread.append(token_id)
+        if not (self._completing[token_id] and look_for_stop and self._may_end()):
             return None
+        self._unread.pop()
         self._read()
-        new = self._stream.add(token_id)
-        begin = max(0, len(self._text) - self._longest + 1)
+        new, before = self._stream.add(token_id), len(self._text)
+        begin = max(0, before - self._longest + 1)
         self._take(new)
         tentative = self._stream.tentative  # the text would end with it if this were the last token
         if not (new or tentative):
             return None
         tail = self._text[begin:] + tentative
-        found = [(start, word) for word in self._stop if (start := tail.find(word)) >= 0]
+        firsts = ((word, max(0, before - begin - len(word) + 1)) for word in self._stop)
+        found = [(start, word) for word, first in firsts if (start := tail.find(word, first)) >= 0]
         if not found:
             return None
         start, word = min(found, key=lambda entry: (entry[0], -len(entry[1])))
         self._text = self._text[:begin] + tail[: start + len(word) if self._include_stop else start]
         return word
 
-    def _may_end(self, token_id: int) -> bool:
-        """Whether a stop string may stand at the end of the text with one more token."""
+    def _may_end(self) -> bool:
+        """Whether a stop string may stand at the end of the text with the unread tokens."""
         if self._bytes is None:
-            return bool(self._stop)
-        end = self._end + self._bytes[token_id]
-        self._end = end[-self._most_bytes :]
-        for word in self._words:  # noqa: SIM110 - a generator would take as long as all else here
-            if word in end:
-                return True
-        return False
+            return True
+        end = self._joined_end()
+        return any(word in end for word in self._words)
+
+    def _joined_end(self) -> bytes:
+        """The bytes at the end of the text with all tokens so far."""
+        assert self._bytes is not None
+        more = b"".join([self._bytes[token] for token in self._unread[self._joined :]])
+        end = self._end + more
+        self._end, self._joined = end[-self._most_bytes :], len(self._unread)
+        return end
 
     def _take(self, new: str) -> None:
         self._text += new
         self._lengths.append(len(self._text))
 
     def _read(self) -> None:
+        if self._bytes is not None:
+            self._joined_end()
         for token in self._unread:
             self._take(self._stream.add(token))
         self._unread.clear()
+        self._joined = 0
 
     @property
     def text(self) -> str:

@@ -38,6 +38,7 @@ from hasten.engine.rank_options import (
     resolve_scheduler,
     scheduler_of_texts,
 )
+from hasten.engine.recorded_choice import Chosen
 from hasten.engine.runner import Runner
 from hasten.engine.sampler import Choice, PromptLogprobs, Sampler
 from hasten.engine.sequence import Sequence
@@ -272,7 +273,7 @@ class Worker:
         rows = message.sampled_rows
         if message.greedy:
             tokens = self.runner.greedy(hidden_th, rows)
-            choice = Choice(tokens) if self.ranks.world.rank == 0 else None
+            choice = Choice(Chosen(tokens)) if self.ranks.world.rank == 0 else None
             if self.overlap:
                 self.runner.remember(message, tokens.unsqueeze(0))
             return lambda: choice

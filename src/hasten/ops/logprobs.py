@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -16,3 +17,8 @@ class TopLogprobs(NamedTuple):
     """fp32, in descending order."""
     ids_rk: Tensor
     """int32; among equals the lowest id first."""
+
+    def packed(self, tokens_r: Tensor) -> Tensor:
+        """The same side by side, with the rows' tokens [int32]: int32 [r, 3 + 2k], see `hasten.ops.packed_logprobs`."""
+        own = (tokens_r, self.ranks_r, self.chosen_r.view(torch.int32))
+        return torch.cat([*(each.unsqueeze(1) for each in own), self.values_rk.view(torch.int32), self.ids_rk], dim=1)

@@ -92,16 +92,28 @@ class HostCopy:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
         self._arrived: torch.cuda.Event | None = None
+        self._arrays: list[NDArray[Any]] | None = None
         if tensors[0].is_cuda:
             self._tensors = [_start(tensor) for tensor in tensors]
             self._arrived = torch.cuda.Event(enable_timing=True)
             self._arrived.record(torch.cuda.current_stream(tensors[0].device))
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the tensors were not on the host when it was made."""
+        return self._arrived is not None
 
     def wait(self) -> list[Tensor]:
         """The tensors on the host, once all of them are there."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._tensors
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """The tensors on the host as arrays, once all of them are there."""
+        if self._arrays is None:
+            self._arrays = [tensor.numpy() for tensor in self.wait()]
+        return self._arrays
 
     def seconds_after(self, earlier: "HostCopy") -> float | None:
         """Time on the device between the arrivals of two copies that were waited for; None on a CPU."""

@@ -42,6 +42,13 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
     return reference.top_logprobs(logits_rv, tokens_r, count, largest)
 
 
+def packed_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> Tensor:  # noqa: D103
+    kernels = native.kernels()
+    if kernels is not None and count <= kernels.sampling.MOST_COUNTED and logits_rv.stride(1) == 1:
+        return kernels.sampling.packed_logprobs(logits_rv.float(), tokens_r.contiguous(), count)
+    return reference.top_logprobs(logits_rv, tokens_r, count, largest).packed(tokens_r)
+
+
 def largest(x_rv: Tensor, count: int) -> tuple[Tensor, Tensor]:  # noqa: D103
     count = min(count, x_rv.shape[1])
     kernels = native.kernels()

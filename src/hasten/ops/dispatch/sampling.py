@@ -141,6 +141,17 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
     return cpu.sampling.top_logprobs(logits_rv, tokens_r, count)
 
 
+def packed_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> Tensor:
+    """What `top_logprobs` finds, in one tensor: int32 [r, 3 + 2k].
+
+    A row has its token [int32], this token's rank, in fp32 its log-probability and those of the most probable tokens,
+    and their ids.
+    """
+    if logits_rv.is_cuda:
+        return top_logprobs(logits_rv, tokens_r, count).packed(tokens_r)
+    return cpu.sampling.packed_logprobs(logits_rv, tokens_r, count)
+
+
 def log_softmax(logits_rv: Tensor) -> Tensor:
     """Log-probabilities of all tokens in fp32: [r, v]."""
     kernels = None if logits_rv.is_cuda else native.kernels()

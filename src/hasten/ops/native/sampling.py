@@ -15,7 +15,7 @@ from hasten.ops.native.launch import Kernel, empty, launch, recordings
 MOST_COUNTED = 64
 """Greatest numbers up to which they are kept in order while a row is read."""
 _draw = Kernel("draw", "9q")
-_logprobs = Kernel("logprobs", "10q")
+_logprobs = Kernel("logprobs", "13q")
 _largest = Kernel("largest", "7q")
 _log_softmax = Kernel("log_softmax", "5q")
 
@@ -59,9 +59,38 @@ def top_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> TopLogprobs
     count = min(count, width)
     chosen_r, values_rk = empty(rows), empty(rows, count)
     ranks_r, ids_rk = (each.view(torch.int32) for each in (empty(rows), empty(rows, count)))
-    x = (rows, width, logits_rv, logits_rv.stride(0))
-    launch(_logprobs, 64 * rows * width, *x, tokens_r, count, chosen_r, ranks_r, values_rk, ids_rk)
+    _launch_logprobs(logits_rv, tokens_r, count, None, ranks_r, chosen_r, 1, values_rk, ids_rk, count)
     return TopLogprobs(chosen_r, ranks_r, values_rk, ids_rk)
+
+
+def packed_logprobs(logits_rv: Tensor, tokens_r: Tensor, count: int) -> Tensor:
+    """`hasten.ops.packed_logprobs` with up to `MOST_COUNTED` tokens a row."""
+    rows, width = logits_rv.shape
+    count = min(count, width)
+    words = 3 + 2 * count
+    packed_rw = empty(rows, words).view(torch.int32)
+    first = packed_rw.data_ptr()
+    token, rank, chosen, values, ids = (first + 4 * word for word in (0, 1, 2, 3, 3 + count))
+    _launch_logprobs(logits_rv, tokens_r, count, token, rank, chosen, words, values, ids, words)
+    return packed_rw
+
+
+def _launch_logprobs(
+    logits_rv: Tensor,
+    tokens_r: Tensor,
+    count: int,
+    copies: int | None,
+    ranks: int | Tensor,
+    chosen: int | Tensor,
+    stride: int,
+    values: int | Tensor,
+    ids: int | Tensor,
+    top_stride: int,
+) -> None:
+    """`copies`: of the tokens. What rows have of each stands `stride` numbers apart, or `top_stride`."""
+    rows, width = logits_rv.shape
+    x = (rows, width, logits_rv, logits_rv.stride(0), tokens_r, count)
+    launch(_logprobs, 64 * rows * width, *x, copies, ranks, chosen, stride, values, ids, top_stride)
 
 
 def log_softmax(logits_rv: Tensor) -> Tensor:

@@ -122,18 +122,25 @@ def _log_softmax(p, thread, threads):
 
 @kernel
 def _logprobs(p, thread, threads):
-    """Log-probabilities and ranks of tokens [r], and those of the most probable ones [r, k], of rows [r, v]."""
-    rows, width, x, stride = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
-    tokens, count, chosen, ranks = load_i64(p + 32), load_i64(p + 40), load_i64(p + 48), load_i64(p + 56)
-    values, ids = load_i64(p + 64), load_i64(p + 72)
+    """Log-probabilities and ranks of tokens [r], and those of the most probable ones [r, k], of rows [r, v].
+
+    A row's token, rank and log-probability stand `stride` bytes behind those of the row before, the others
+    `top_stride`.
+    """
+    rows, width, x, x_stride = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
+    tokens, count, copies, ranks = load_i64(p + 32), load_i64(p + 40), load_i64(p + 48), load_i64(p + 56)
+    chosen, stride, values, ids = load_i64(p + 64), 4 * load_i64(p + 72), load_i64(p + 80), load_i64(p + 88)
+    top_stride = 4 * load_i64(p + 96)
     for r in range(rows * thread // threads, rows * (thread + 1) // threads):
-        row, own = x + r * stride, 4 * r * count
+        row, own, top = x + r * x_stride, stride * r, top_stride * r
         total = _log_sum(row, width, _most(row, width))
-        if chosen:
-            mine = load_f32(row + 4 * max(load_i32(tokens + 4 * r), 0))
-            store_f32(chosen + 4 * r, _f32(_f64(mine) - total))
-            store_i32(ranks + 4 * r, np.int32(_rank(row, width, mine)))
+        token = load_i32(tokens + 4 * r)
+        mine = load_f32(row + 4 * max(token, 0))
+        store_f32(chosen + own, _f32(_f64(mine) - total))
+        store_i32(ranks + own, np.int32(_rank(row, width, mine)))
+        if copies:
+            store_i32(copies + own, token)
         if count:
-            _top(row, width, count, values + own, ids + own)
-        for at in range(own, own + 4 * count, 4):
+            _top(row, width, count, values + top, ids + top)
+        for at in range(top, top + 4 * count, 4):
             store_f32(values + at, _f32(_f64(load_f32(values + at)) - total))
