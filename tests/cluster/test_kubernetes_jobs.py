@@ -263,4 +263,4 @@ def test_a_deletion_that_does_not_end_says_what_it_waits_for(world: World) -> No
     found = world.object("PyTorchJob", "convert-bloom")
     world.change(found, {"metadata": {**found["metadata"], "finalizers": ["example.com/backup"]}})
     with pytest.raises(ClusterError, match=r"waits for: example.com/backup"):
-        world.connect(patience=0.3).delete_job("convert-bloom", "default")
+        world.connect(deletion_timeout_s=0.3).delete_job("convert-bloom", "default")

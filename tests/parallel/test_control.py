@@ -69,7 +69,7 @@ def test_messages_arrive_whole_and_in_order() -> None:
             for message in messages:
                 hub.publish(message)
             assert [each.result(LIMIT_S) for each in received] == [messages] * 2
-        hub.tell(None)
+        hub.report(None)
         eventually(lambda: all(life.ending for life in lives[1:]))
         assert [life.failure for life in lives] == [None] * 3
 
@@ -88,7 +88,7 @@ def test_a_rank_that_ends_without_a_word_is_named_to_all() -> None:
 
 def test_a_report_reaches_all_as_the_error_that_it_is() -> None:
     with connected(3) as (ranks, lives):
-        ranks[1].tell(failure_of("rank 1 of 3 failed", reported(ConfigError("no such option"))))
+        ranks[1].report(failure_of("rank 1 of 3 failed", reported(ConfigError("no such option"))))
         end(ranks[1], lives[1])
         for life in (lives[0], lives[2]):
             life.await_failure(LIMIT_S)

@@ -97,12 +97,12 @@ def convert(job: Conversion, report: Report = lambda _: None) -> None:
     target.check_model(raw)
     if source.manifest is not None:
         source.manifest.verify(source.folder, source.manifest.files)
-    with clear_errors(job.output_dir, report) as tell, target.prepare() as new:
+    with clear_errors(job.output_dir, report) as notify, target.prepare() as new:
         writer = _writer(job, source, family, raw or {}, new / target.name)
         _check_space(writer.nbytes, new, job.output_dir)
         replaced = target.folder if target.folder.exists() else None
-        tell(Opened(source, writer.nbytes, writer.format, f"{source.label} >> {writer.label}", replaced))
-        _write(writer, job, lambda part: tell(Wrote(part, target.folder / part.file)))
+        notify(Opened(source, writer.nbytes, writer.format, f"{source.label} >> {writer.label}", replaced))
+        _write(writer, job, lambda part: notify(Wrote(part, target.folder / part.file)))
         copy_side_files(side, new)
 
 
@@ -171,7 +171,7 @@ class _Workers:
         torch.set_num_threads(self._torch_threads)
 
     def run(self, work: Callable[[Part, Event], None], parts: Iterable[Part], done: Callable[[Part], None]) -> None:
-        """Do all parts and tell of each in order; the first error of any of them ends the rest and is raised."""
+        """Do all parts and report each in order; the first error of any of them ends the rest and is raised."""
         futures: list[tuple[Part, Future[None]]] = [
             (part, self._pool.submit(self._run_part, work, part)) for part in parts
         ]

@@ -176,13 +176,13 @@ def write_quantized(
 
     CheckpointError, ConfigError and UnsupportedError say what is wrong and what to do.
     """
-    with clear_errors(str(output), report) as tell, appearing(output) as folder:
+    with clear_errors(str(output), report) as notify, appearing(output) as folder:
         writer = _Writer(source, scheme, folder)
         for specs in parts_of(source.specs):
             changes = rounding.changes(specs)
-            tell(sum(writer.add(spec, changes.get(spec.name)) for spec in specs))
+            notify(sum(writer.add(spec, changes.get(spec.name)) for spec in specs))
             source.release()
-        tell(writer.add_rest())
+        notify(writer.add_rest())
         writer.finish()
     experts = source.config.experts is not None
     return Summary(writer.tensors, writer.bytes_before, writer.bytes_after, rounding.error, experts)

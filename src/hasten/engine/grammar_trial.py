@@ -20,8 +20,8 @@ from typing import Any
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.engine.grammar_text import GrammarText, Vocabulary, thread_with_large_stack
 
-_PATIENCE = 20.0
-"""Seconds for one of CPU time, after which the trial's process is taken to hang."""
+_WALL_SECONDS_PER_CPU_SECOND = 20.0
+"""A trial that takes longer, relative to its limit of CPU time, is taken to hang."""
 _START_S = 120.0
 """In which the trial's process must be ready."""
 
@@ -63,7 +63,7 @@ class GrammarTrial:
     def run(self, text: GrammarText) -> int:
         """Compile a grammar; the bytes that it takes. InvalidRequestError where it is wrong or too expensive."""
         try:
-            error, size = self._ask([text.kind, text.text], _PATIENCE * self._limits.seconds)
+            error, size = self._ask([text.kind, text.text], _WALL_SECONDS_PER_CPU_SECOND * self._limits.seconds)
         except _EndedError as ended:
             raise InvalidRequestError(f"{text.kind} is too expensive: {self._why(ended.status)}") from None
         if error:

@@ -231,11 +231,11 @@ class Pacer:
 
     def _count_late(self, prompts: Iterable[Sequence], now: float) -> int:
         per_token = self.times.seconds_per_prompt_token
-        patience = _LATE_TARGETS * self._target
+        tolerated = _LATE_TARGETS * self._target
         # what computes a prompt anew, or tokens that a grammar forced, has begun to answer long ago
         new = (sequence for sequence in prompts if sequence.output_len == 0)
         lengths = ((s, s.length + s.uncomputed_input) for s in new)
-        return sum(now - s.arrived > patience + _LATE_PROMPTS * per_token * length for s, length in lengths)
+        return sum(now - s.arrived > tolerated + _LATE_PROMPTS * per_token * length for s, length in lengths)
 
     def observe(self, step: PacedStep, seconds: float) -> None:
         """Learn from a step that took `seconds`."""

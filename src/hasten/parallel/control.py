@@ -81,7 +81,7 @@ class Hub:
         with _listener(info.address) as listener:
             store.set("control", json.dumps([listener.getsockname()[1], token, socket.gethostname()]))
             self._accept_all(listener, token, seconds)
-        liveness.on_failure(self._tell_failure)
+        liveness.on_failure(self._report_failure)
         liveness.on_failure(self._interrupt)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -144,12 +144,12 @@ class Hub:
         how = "its connection to rank 0 broke" if broke else f"its host does not answer ({error})"
         return Failure(f"{rank_name(rank, self._size, host)} died: {how}")
 
-    def _tell_failure(self) -> None:
+    def _report_failure(self) -> None:
         failure = self._liveness.failure
         if failure is not None:
-            self.tell(failure)
+            self.report(failure)
 
-    def tell(self, failure: Failure | None) -> None:
+    def report(self, failure: Failure | None) -> None:
         """Let all ranks know of a failure, or of an end in order."""
         for connection in self._watched.values():
             with suppress(OSError):
@@ -212,7 +212,7 @@ class Spoke:
             else:
                 self._liveness.ending = True
 
-    def tell(self, failure: Failure | None) -> None:
+    def report(self, failure: Failure | None) -> None:
         """Let rank 0 know of this rank's failure."""
         if failure is not None:
             with suppress(OSError):

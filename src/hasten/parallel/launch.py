@@ -177,7 +177,7 @@ class Ranks:
         """Let the other ranks know why this one is about to end, unless another one's death is why."""
         if self._control is not None and self.liveness.failure is None:
             self.liveness.ending = True
-            self._control.tell(failure_of(f"{self._name} failed", reported(error)))
+            self._control.report(failure_of(f"{self._name} failed", reported(error)))
 
     def broadcast(self, message: object | None) -> object:
         """Rank 0's message, any JSON value, on every rank."""
@@ -204,7 +204,7 @@ class Ranks:
     def publish_end(self) -> None:
         """Let the other ranks end, whose next `receive` gets no numbers."""
         if isinstance(self._control, Hub):
-            self._control.tell(None)
+            self._control.report(None)
             self._control.publish(b"")
 
     def expect_end(self) -> None:

@@ -38,7 +38,7 @@ from hasten.server.tables import backend_table, engine_table, model_table, optio
 from hasten.server.tracing import OtelMetrics, Tracing
 
 SUCCESS, FAILED = 0, 1
-_LAST_WORDS_S = 2.0
+_CLOSE_TIMEOUT_S = 2.0
 """For answers on their way once nothing is computed any more."""
 _YOUNG_OBJECTS = 10_000
 """Between two garbage collections. A step of many streams makes a few thousand objects, which are gone after it."""
@@ -207,7 +207,7 @@ class Server:
             self._watch.cancel()
         await self.service.close(timeout)
         listeners = [each for each in (self.http, self.metrics, self.grpc) if each is not None]
-        await asyncio.gather(*(listener.stop(min(timeout, _LAST_WORDS_S)) for listener in listeners))
+        await asyncio.gather(*(listener.stop(min(timeout, _CLOSE_TIMEOUT_S)) for listener in listeners))
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         if self._otel_metrics is not None:
@@ -242,15 +242,15 @@ async def serve(options: ServeOptions) -> int:
 
 
 async def _live(server: Server, signals: "asyncio.Queue[signal.Signals]") -> int:
-    patience = server.options.server.exit_timeout_secs
+    exit_timeout = server.options.server.exit_timeout_secs
     shutdown = asyncio.ensure_future(signals.get())
     again: asyncio.Future[signal.Signals] | None = None
     try:
         await _unless(shutdown, server.start())
         name = (await shutdown).name
-        _log.info("%s received: no new requests, those under way have %g seconds", name, patience)
+        _log.info("%s received: no new requests, those under way have %g seconds", name, exit_timeout)
         again = asyncio.ensure_future(signals.get())
-        if await _unless(again, server.stop(patience)):
+        if await _unless(again, server.stop(exit_timeout)):
             return SUCCESS
         _log.warning("%s received again: ending at once", (await again).name)
         return FAILED

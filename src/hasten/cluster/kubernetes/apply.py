@@ -11,8 +11,8 @@ from hasten.cluster.kubernetes.resources import Object, Resource, name_of
 from hasten.cluster.manifests.objects import owned
 from hasten.core.errors import ClusterError, ExistsError, NotFoundError
 
-PATIENCE = 90.0
-"""Seconds that a deletion may take: pods have 30 to end by themselves, and their nodes are asked first."""
+DELETION_TIMEOUT_S = 90.0
+"""Seconds that a deletion may take: pods have 30 to end by themselves, and their nodes are notified first."""
 _ATTEMPTS = 5
 
 
@@ -68,16 +68,16 @@ def _remove(cluster: Cluster, created: Sequence[Object]) -> list[str]:
     return remains
 
 
-def delete_and_wait(cluster: Cluster, resource: Resource, namespace: str | None, name: str, patience: float) -> None:
+def delete_and_wait(cluster: Cluster, resource: Resource, namespace: str | None, name: str, timeout_s: float) -> None:
     """Delete an object after all that it owns, and wait until it is gone: then its name is free again."""
     uid = cluster.get(resource, namespace, name)["metadata"]["uid"]
     cluster.delete(resource, namespace, name, "Foreground")
-    pause, end = 0.02, time.monotonic() + patience
+    pause, end = 0.02, time.monotonic() + timeout_s
     while (found := cluster.find(resource, namespace, name)) is not None and found["metadata"]["uid"] == uid:
         if time.monotonic() > end:
             holders = ", ".join(found["metadata"].get("finalizers") or ["nothing known"])
             raise ClusterError(
-                f"{resource.kind} {name} is to be deleted but still there after {patience:.0f} s; it waits for: "
+                f"{resource.kind} {name} is to be deleted but still there after {timeout_s:.0f} s; it waits for: "
                 f"{holders}. Look at its pods and their nodes"
             )
         time.sleep(pause)

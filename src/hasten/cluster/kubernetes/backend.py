@@ -18,7 +18,7 @@ from hasten.cluster.backend import (
     VolumeRecord,
     refuse_unsupported,
 )
-from hasten.cluster.kubernetes.apply import PATIENCE, apply_all, create_all, delete_and_wait
+from hasten.cluster.kubernetes.apply import DELETION_TIMEOUT_S, apply_all, create_all, delete_and_wait
 from hasten.cluster.kubernetes.client import Cluster
 from hasten.cluster.kubernetes.config import NoClusterError, find_access
 from hasten.cluster.kubernetes.exec import run_inside
@@ -51,7 +51,8 @@ def _check(spec: TrainingJob | TritonServer) -> None:
 class KubernetesBackend:
     """The cluster of a kubeconfig, or the one that this process runs in.
 
-    `patience`: seconds that a deletion may take until it is an error. With `only_plans`, no cluster need be configured.
+    `deletion_timeout_s`: how long a deletion may take until it is an error. With `only_plans`, no cluster need be
+    configured.
     """
 
     name = NAME
@@ -61,7 +62,7 @@ class KubernetesBackend:
         config_file: str | None = None,
         context: str | None = None,
         *,
-        patience: float = PATIENCE,
+        deletion_timeout_s: float = DELETION_TIMEOUT_S,
         only_plans: bool = False,
     ) -> None:
         self._missing: NoClusterError | None = None
@@ -72,7 +73,7 @@ class KubernetesBackend:
             if not only_plans:
                 raise
             self._missing = error
-        self._patience = patience
+        self._deletion_timeout_s = deletion_timeout_s
 
     def default_namespace(self) -> str:
         """The context's namespace, or the pod's own; `default` where no cluster is configured."""
@@ -97,7 +98,7 @@ class KubernetesBackend:
 
     def delete_job(self, name: str, namespace: str) -> None:
         """Delete a job after its pods and all else that it owns."""
-        delete_and_wait(self._cluster, self._job(name, namespace).resource, namespace, name, self._patience)
+        delete_and_wait(self._cluster, self._job(name, namespace).resource, namespace, name, self._deletion_timeout_s)
 
     def job_logs(self, name: str, namespace: str, options: LogOptions) -> Iterator[str]:
         """Lines of an instance's log, the chief's if none is named. Followed, it waits for the first pod too."""
@@ -174,7 +175,7 @@ class KubernetesBackend:
     def delete_server(self, name: str, version: str | None, namespace: str) -> None:
         """Delete a server after its pods and all else that it owns."""
         found = self._server(name, version, namespace)
-        delete_and_wait(self._cluster, found.resource, namespace, name_of(found.body), self._patience)
+        delete_and_wait(self._cluster, found.resource, namespace, name_of(found.body), self._deletion_timeout_s)
 
     def server_logs(self, name: str, version: str | None, namespace: str, options: LogOptions) -> Iterator[str]:
         """Lines of an instance's log, the first one's if none is named."""

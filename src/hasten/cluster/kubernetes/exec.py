@@ -146,18 +146,18 @@ def _raw(terminal: int | None) -> Iterator[None]:
 
 @contextmanager
 def _resizing(session: Any, terminal: bool) -> Iterator[None]:
-    """Tell the command the size of this terminal, now and whenever it changes."""
+    """Send the command the size of this terminal, now and whenever it changes."""
     if not terminal:
         yield
         return
 
-    def tell(*_: object) -> None:
+    def send_size(*_: object) -> None:
         with suppress(OSError, WebSocketException):
             size = os.get_terminal_size(sys.stdout.fileno())
             session.write_channel(_RESIZE, json.dumps({"Width": size.columns, "Height": size.lines}).encode())
 
-    before = signal.signal(signal.SIGWINCH, tell)
-    tell()
+    before = signal.signal(signal.SIGWINCH, send_size)
+    send_size()
     try:
         yield
     finally:

@@ -268,9 +268,9 @@ def _reason(state: Status, body: Object, instances: Sequence[Instance]) -> str |
 
 
 def _reason_with_events(job: Job, found: FoundJob, events: Sequence[Event]) -> str | None:
-    """Where pods do not tell why they wait, events do: a quota, a volume that cannot be mounted."""
-    pods_tell = any(item.reason for item in job.instances)
-    if job.status not in (Status.PENDING, Status.QUEUING) or pods_tell:
+    """Where pods do not say why they wait, events do: a quota, a volume that cannot be mounted."""
+    has_reasons = any(item.reason for item in job.instances)
+    if job.status not in (Status.PENDING, Status.QUEUING) or has_reasons:
         return job.reason
     warning = next((event for event in reversed(events) if event.kind == "Warning"), None)
     if warning is not None:

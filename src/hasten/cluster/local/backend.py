@@ -82,7 +82,7 @@ class LocalBackend:
             InstanceState(name=name, created=now, is_chief=number == 0, gpus=plan.gpus)
             for number, name in enumerate(plan.names)
         ]
-        _tell(job, state, f"job/{job.name}")
+        _warn(job, state, f"job/{job.name}")
         lock = self._create(folder, _job_spec(job, plan), state, job, f"job {job.name}")
         try:
             if plan.gpus:
@@ -142,7 +142,7 @@ class LocalBackend:
         check_mounts(plan.launch, config_files(server, folder.path))
         state = _new_state(time.time())
         what = f"server {server.name} of version {server.version}"
-        _tell(server, state, f"server/{folder.name}")
+        _warn(server, state, f"server/{folder.name}")
         with locked(self.home / "ports.lock"):
             if not folder.path.exists():
                 serving.check_ports(self.home, plan, folder)
@@ -269,8 +269,8 @@ def _start_new(folder: Folder, lock: int, what: str) -> None:
         raise ClusterError(f"the supervisor of {what} cannot be started: {error}") from error
 
 
-def _tell(workload: Workload, state: State, source: str) -> None:
-    """What is not followed stands in the events, and the user hears of it at once."""
+def _warn(workload: Workload, state: State, source: str) -> None:
+    """Warn of what this backend ignores, in the events and in the log."""
     for reason, message in notices(workload):
         state.event(reason, message, source, warning=True)
         _log.warning("%s", message)

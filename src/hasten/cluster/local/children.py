@@ -24,7 +24,7 @@ from hasten.cluster.local.state import Folder
 _READ = 1 << 16
 _LONGEST_WAIT_S = 3600.0
 """The kernel's own limit is some weeks."""
-_LAST_WORDS_S = 1.0
+_OUTPUT_DRAIN_S = 1.0
 """How long the output of a process that has ended may still be on its way."""
 
 
@@ -175,7 +175,7 @@ class Children:
         others = {other.pid for other in self._running if other is not child}
         # an instance that runs adopts its own orphans, so those that came here are of instances that have ended
         kill_all(lambda: [*child.members(), *orphans(others)])
-        deadline = time.monotonic() + _LAST_WORDS_S
+        deadline = time.monotonic() + _OUTPUT_DRAIN_S
         with selectors.DefaultSelector() as last:
             if child.open:
                 last.register(child.output, selectors.EVENT_READ)

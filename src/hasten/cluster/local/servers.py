@@ -12,12 +12,12 @@ from hasten.cluster.local.state import Folder, InstanceState
 from hasten.cluster.local.supervisor import Supervisor, back_off
 from hasten.core.ports import free_ports, port_is_free
 
-_LAST_WORDS_S = 5.0
+_EXIT_MARGIN_S = 5.0
 """What a server may need above its exit timeout."""
 _HEALTHY_S = 60.0
 """After so long a replica that dies is started again as fast as the first time."""
 _LOADING_S, _SERVING_S = 0.5, 5.0
-"""How often a replica is asked whether it is ready, before it is and afterwards."""
+"""How often the readiness of a replica is probed, before it is and afterwards."""
 _SILENT_S = 60.0
 """A replica that has not answered at all for so long is started again."""
 _ANSWER_S = 1.0
@@ -34,16 +34,16 @@ class Replica:
         self.next_start = self.next_look = 0.0
         self.failures = 0
 
-    def is_asked(self, path: str) -> int | None:
+    def probe(self, path: str) -> int | None:
         """Status of the answer to a GET, None where there is none."""
-        asking = http.client.HTTPConnection("127.0.0.1", self.instance.ports["http"], timeout=_ANSWER_S)
+        connection = http.client.HTTPConnection("127.0.0.1", self.instance.ports["http"], timeout=_ANSWER_S)
         try:
-            asking.request("GET", path)
-            return asking.getresponse().status
+            connection.request("GET", path)
+            return connection.getresponse().status
         except (OSError, http.client.HTTPException):
             return None
         finally:
-            asking.close()
+            connection.close()
 
 
 class ServerSupervisor(Supervisor):
@@ -173,7 +173,7 @@ class ServerSupervisor(Supervisor):
     def _ask(self, replica: Replica) -> None:
         """Whether it is ready; a replica that takes too long to be, or has fallen silent, is ended."""
         now = time.monotonic()
-        status = replica.is_asked("/v2/health/ready")
+        status = replica.probe("/v2/health/ready")
         instance, ready = replica.instance, status == http.client.OK
         if status is not None:
             replica.answered = now
@@ -218,7 +218,7 @@ class ServerSupervisor(Supervisor):
         instance.ready, instance.reason = False, why
         self.save()
         if replica.child is not None:
-            self.children.end([replica.child], self.plan.exit_timeout + _LAST_WORDS_S, group=False)
+            self.children.end([replica.child], self.plan.exit_timeout + _EXIT_MARGIN_S, group=False)
         replica.child = None
 
     def end_all(self) -> None:
@@ -227,7 +227,7 @@ class ServerSupervisor(Supervisor):
         for replica in self._replicas:
             replica.instance.ready, replica.instance.reason = False, reason
         self.save()
-        self.children.end(self.children.running, self.plan.exit_timeout + _LAST_WORDS_S, group=False)
+        self.children.end(self.children.running, self.plan.exit_timeout + _EXIT_MARGIN_S, group=False)
         for instance in self.state.instances:
             instance.status, instance.ended = "FAILED", time.time()
         self.state.ended, self.state.reason = time.time(), reason

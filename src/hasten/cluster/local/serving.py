@@ -110,7 +110,7 @@ def change(home: Path, folder: Folder, update: ServerUpdate) -> None:
         lock = folder.try_lock()
         if lock is None:
             folder.write_spec(spec_of(server, plan))
-            lock = _tell(folder)
+            lock = _notify_supervisor(folder)
         if lock is not None:
             _revive(home, folder, server, plan, lock)
 
@@ -131,8 +131,8 @@ def _revive(home: Path, folder: Folder, server: TritonServer, plan: ServerPlan, 
     start(folder, lock)
 
 
-def _tell(folder: Folder) -> int | None:
-    """A supervisor that has only just been started reads the new plan by itself, or is told once it can be.
+def _notify_supervisor(folder: Folder) -> int | None:
+    """Have the supervisor read the new plan; one that has only just been started is waited for.
 
     The folder's lock where it ends before that.
     """
