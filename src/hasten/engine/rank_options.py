@@ -10,7 +10,7 @@ from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.model_config import ModelConfig
 from hasten.engine.memory import DEFAULT_STEP_TOKENS
 
-LEAST_STEP_TOKENS = {"cpu": 128, "cuda": 1024}
+LEAST_STEP_TOKENS = {"cpu": 96, "cuda": 1024}
 """Tokens of a step that are not divided any further for the stages of a pipeline: products of fewer rows are bound by
 reading weights."""
 _TEXT_STEP_TOKENS = {"cpu": 1, "cuda": 32_768}

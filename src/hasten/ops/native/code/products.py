@@ -50,6 +50,8 @@ _ROWS = 8
 """Most rows at a time: with two vectors of a panel for each, they fill half of a processor's registers."""
 _TOGETHER = 256
 """Rows that are multiplied by all panels before the next are: they and their results stay in a processor's caches."""
+_MOST_INPUTS = 1024
+"""Input features of a panel whose successor has room in the second-level cache, too."""
 _UNROLLED = 4
 _AHEAD = 2048
 """Bytes of a panel that are fetched before they are needed."""
@@ -57,15 +59,16 @@ _FEW = 4
 """Rows up to which a panel is read so steadily that processors fetch it by themselves."""
 
 
-def _loop(rows: int) -> Any:
+def _loop(rows: int, *, fetches_next: bool = False) -> Any:
     """A function that multiplies this number of rows by a panel: tile [rows, 32].
 
     Its arguments are the address of the first row, the bytes from row to row, the panel, the number of input features
-    and the tile.
+    and the tile. With `fetches_next` the last one is what comes to the second-level cache meanwhile, a quarter as many
+    bytes as the panel has: the next panel, which the first rows would else wait for.
     """
 
     def code(context, b, _signature, args):
-        x, stride, panel, inputs, tile = args
+        x, stride, panel, inputs, tile, *following = args
         before, body, after = b.block, b.append_basic_block("features"), b.append_basic_block("done")
         starts = [b.add(x, b.mul(stride, ir.Constant(I64, row))) for row in range(rows)]
         whole = b.and_(inputs, ir.Constant(I64, -_UNROLLED))
@@ -74,6 +77,9 @@ def _loop(rows: int) -> Any:
 
         def step(at: Any, sums: list[Any], count: int) -> list[Any]:
             """The sums with the products of `count` features from `at` on."""
+            for line in range(2 if fetches_next and count == _UNROLLED else 0):
+                start = b.add(following[0], b.mul(at, ir.Constant(I64, _VECTORS * BYTES // _UNROLLED)))
+                prefetched(b, [b.add(start, ir.Constant(I64, line * BYTES))], level=2)
             for feature in range(count):
                 address = b.add(at, ir.Constant(I64, feature))
                 line = b.add(panel, b.mul(address, ir.Constant(I64, _VECTORS * BYTES)))
@@ -121,9 +127,12 @@ def _loop(rows: int) -> Any:
             write(b, total, b.add(tile, ir.Constant(I64, number * BYTES)))
         return context.get_dummy_value()
 
+    if fetches_next:
+        return intrinsic(lambda _context, x, stride, panel, inputs, tile, n: (types.void(*[types.int64] * 6), code))
     return intrinsic(lambda _context, x, stride, panel, inputs, tile: (types.void(*[types.int64] * 5), code))
 
 
+_eight_and_next = _loop(8, fetches_next=True)
 _loop1, _loop2, _loop3, _loop4, _loop6, _loop8 = map(_loop, (1, 2, 3, 4, 6, 8))
 _tile = stack(4 * _ROWS * _WIDTH)
 _line = stack(4 * _WIDTH)
@@ -244,11 +253,16 @@ def _product(p, thread, threads):
                 bias_here = line
             row = first
             while row < last:
-                done = multiply(x + row * stride, stride, weights, inputs, tile, last - row)
+                quarter, left, at = (row - first) // 8, last - row, x + row * stride
+                if quarter < 4 and left >= 8 and last - first > 8 and inputs <= _MOST_INPUTS:
+                    _eight_and_next(at, stride, weights, inputs, tile, weights + (128 + 32 * quarter) * inputs)
+                    done = 8
+                else:
+                    done = multiply(at, stride, weights, inputs, tile, left)
                 for each in range(done):
-                    at = row + each
-                    own = residual + (load_i64(numbers + 8 * at) if numbers else at) * residual_stride + column
-                    to = out + at * out_stride + column
+                    number = row + each
+                    own = residual + (load_i64(numbers + 8 * number) if numbers else number) * residual_stride + column
+                    to = out + number * out_stride + column
                     finish(tile + 128 * each, bias_here, own if residual else 0, to, here, activation, other)
                 row += done
 

@@ -148,10 +148,10 @@ def _counted(relation: str) -> Callable[[Builder, Values], Any]:
     return generate
 
 
-def prefetched(b: Builder, args: Values) -> None:
-    """Fetch the cache line of an address."""
+def prefetched(b: Builder, args: Values, level: int = 1) -> None:
+    """Fetch the cache line of an address, to this level of the caches."""
     pointer = b.inttoptr(args[0], I8.as_pointer())
-    called(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(ir.Constant(I32, each) for each in (0, 3, 1))])
+    called(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(ir.Constant(I32, each) for each in (0, 4 - level, 1))])
 
 
 _two = (vector, vector)
