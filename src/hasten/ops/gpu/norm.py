@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hasten.ops.gpu.exchange import exchange_norm
-from hasten.ops.gpu.launch import overlapped, row_warps, start_next, wait_for_inputs
+from hasten.ops.gpu.launch import multiprocessors, overlapped, row_warps, start_next, wait_for_inputs
 from hasten.ops.gpu.library import with_room
 from hasten.ops.gpu.quantized import rounding_for
 from hasten.ops.gpu.row_rounding import store_rounded, store_units
@@ -18,6 +18,9 @@ from hasten.ops.gpu.sums import constants_of, terms_of
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.rounding import Inputs
+
+_REGISTERS_ALONE = 64
+"""With fewer, which the compiler prefers for the sake of other rows, a row's last loads wait for its first ones."""
 
 
 @triton.jit
@@ -54,6 +57,12 @@ def added_up(
     HAS_ROWS: tl.constexpr,
 ):
     """A row of a partial sum in fp32, with its biases, which may be read before its parts are there."""
+    # strides are whole rows, and where the compiler knows that it loads 16 bytes at a time and not 4
+    part_stride, added_stride = part_stride // H * H, added_stride // H * H
+    residual_h = 0.0
+    if HAS_RESIDUAL:
+        from_row = tl.load(residual_rows + row) if HAS_ROWS else row
+        residual_h = tl.load(residual + from_row * H + h, valid, 0.0).to(tl.float32)
     x = tl.load(parts + row * H + h, valid, 0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         x += tl.load(parts + part * part_stride + row * H + h, valid, 0.0).to(tl.float32)
@@ -64,8 +73,7 @@ def added_up(
     if HAS_ADDED_BIAS:
         x += added_bias_h
     if HAS_RESIDUAL:
-        from_row = tl.load(residual_rows + row) if HAS_ROWS else row
-        x += tl.load(residual + from_row * H + h, valid, 0.0).to(tl.float32)
+        x += residual_h
     return x
 
 
@@ -256,9 +264,16 @@ def _added_norm(
         RMS=rms,
         OFFSET=unit_offset,
         num_warps=row_warps(width),
+        **_registers(rows, weight_h),
         **overlapped(weight_h),
     )
     return normed
+
+
+def _registers(rows: int, tensor: Tensor) -> dict[str, int]:
+    """Registers of a thread for a row: as many as hold all that it loads, where no multiprocessor has two rows."""
+    alone = tensor.is_cuda and rows <= multiprocessors(tensor.device.index)
+    return {"maxnreg": _REGISTERS_ALONE} if alone else {}
 
 
 def _memory(
