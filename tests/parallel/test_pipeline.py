@@ -303,5 +303,5 @@ def test_steps_that_are_under_way_together_divide_the_tokens() -> None:
     assert tokens("cuda", 2, max_num_batched_tokens=3000) == 1500
     assert tokens("cuda", 4, max_num_batched_tokens=300) == 300
     assert [tokens("cpu", stages) for stages in (1, 2, 16, 32)] == [2048, 1024, 256, 256]
-    assert tokens("cpu", 4, max_num_batched_tokens=300, max_num_seqs=8) == 128
+    assert tokens("cpu", 4, max_num_batched_tokens=300, max_num_seqs=8) == 96
     assert tokens("cuda", 8, max_num_seqs=2000) == 2000
