@@ -225,6 +225,22 @@ def test_a_log_that_cannot_be_written_is_no_fault_of_the_folder(
     assert not output.exists()
 
 
+def test_the_reader_of_a_table_that_has_gone() -> None:
+    code = (
+        "import sys; from hasten.bench.report import print_table; from hasten.cli import main, plan\n"
+        "plan.run = lambda args: print_table('title', ['name', 'figure'], [['a', '1']])\n"
+        "sys.exit(main.main(['plan', 'folder']))"
+    )
+    pipe = to_nobody()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False, timeout=LIMIT_S
+        )
+    finally:
+        os.close(pipe)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_a_closed_standard_error_or_input_disturbs_nothing(model: list[str]) -> None:
     expected = in_shell('"$@"', model)
     done = in_shell('"$@" <&- 2>&-', model)

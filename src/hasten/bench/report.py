@@ -112,6 +112,13 @@ _ANY_WIDTH = 1000
 """More than any table takes."""
 
 
+class _Output(Console):
+    """Standard output. A reader that has gone is a BrokenPipeError, not rich's SystemExit(1)."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error that rich handles
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a title and a table; all columns but the first hold figures.
 
@@ -122,9 +129,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = _Output()
     # a pipe or a file has no width that figures would have to be cut to
-    console = console if console.is_terminal else Console(width=200)
+    console = console if console.is_terminal else _Output(width=200)
     console.print(title, highlight=False)
     if console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum <= console.width:
         console.print(table)
