@@ -23,7 +23,7 @@ def test_an_update_is_put_into_what_was_asked() -> None:
 def test_an_update_keeps_the_rules_of_a_server() -> None:
     with pytest.raises(ConfigError, match="--replicas must be at least 0"):
         ServerUpdate(replicas=-1)
-    with pytest.raises(ConfigError, match="made with --autoscale, which decides on their number"):
+    with pytest.raises(ConfigError, match="created with --autoscale, which decides on their number"):
         ServerUpdate(replicas=1).applied_to(replace(SERVER, replicas=1, autoscale="1:4"))
 
 

@@ -148,7 +148,7 @@ def _waiting(reason: str, message: str) -> dict[str, Any]:
     ("status", "reason"),
     [
         ({"conditions": [UNSCHEDULABLE]}, r"master-0: Unschedulable: 0/3 nodes are available: 3 Insufficient"),
-        ({"conditions": [NO_CLAIM]}, r'"bloom-pvc" not found\.; make the volume with `hasten cluster data create`'),
+        ({"conditions": [NO_CLAIM]}, r'"bloom-pvc" not found\.; create the volume with `hasten cluster data create`'),
         (_waiting("ImagePullBackOff", 'Back-off pulling image "hasten:1"'), "ImagePullBackOff: Back-off pulling image"),
         (_waiting("CreateContainerConfigError", 'secret "k" not found'), 'CreateContainerConfigError: secret "k" not'),
     ],

@@ -333,7 +333,7 @@ def test_labels_that_bind_pods_to_their_server_cannot_be_changed(world: World) -
 def test_an_autoscaled_server_has_no_number_of_replicas_to_change(world: World) -> None:
     world.backend.serve(serving(autoscale="1:4", cpu="8"))
     assert f"HorizontalPodAutoscaler/{NAME}" in world.leftovers()
-    with pytest.raises(ConfigError, match="made with --autoscale, which decides"):
+    with pytest.raises(ConfigError, match="created with --autoscale, which decides"):
         world.backend.update_server("ft-triton-bloom", None, "default", ServerUpdate(replicas=2))
 
 

@@ -122,7 +122,7 @@ def test_claims_of_others_are_listed_when_bound_and_never_deleted(world: World) 
     assert [(each.name, each.owner, each.access_mode) for each in world.backend.volumes("default")] == [
         ("shared", "anna", "ReadOnlyMany")
     ]
-    with pytest.raises(ClusterError, match="volume shared was not made by hasten"):
+    with pytest.raises(ClusterError, match="volume shared was not created by hasten"):
         world.backend.delete_volume("shared", "default")
     assert len(world.leftovers()) == 2
 

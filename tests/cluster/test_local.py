@@ -247,10 +247,10 @@ def test_delete_of_a_job_that_does_not_hear(here: Site, monkeypatch: pytest.Monk
 
 
 def test_a_supervisor_that_is_told_to_end_says_so(here: Site) -> None:
-    here.submit("told-to-end", "sleep 600")
-    here.running("told-to-end")
-    os.kill(here.state("told-to-end").pid or 0, signal.SIGTERM)
-    assert here.ended("told-to-end").reason == "its supervisor was told to end"
+    here.submit("signalled", "sleep 600")
+    here.running("signalled")
+    os.kill(here.state("signalled").pid or 0, signal.SIGTERM)
+    assert here.ended("signalled").reason == "its supervisor was signalled to end"
 
 
 @pytest.mark.any_python
@@ -342,7 +342,7 @@ def test_attach_runs_a_command_with_the_environment_of_an_instance(
         ({"memory": "900Ti"}, ConfigError, r"--memory 900Ti of 1 instances is more than this machine's \d"),
         ({"cpu": "1", "workers": 5000}, ConfigError, "--cpu 1 of 5000 instances is more than the"),
         ({"share_memory": "900Ti"}, ConfigError, "--share-memory 900Ti is more than this machine's /dev/shm"),
-        ({"data": ("nowhere:/mnt",)}, NotFoundError, r"no volume nowhere in .*make it with `data create nowhere"),
+        ({"data": ("nowhere:/mnt",)}, NotFoundError, r"no volume nowhere in .*create it with `data create nowhere"),
         ({"data_dir": ("/no/such:/mnt",)}, ConfigError, "/no/such, which is to be mounted at /mnt, does not exist"),
         ({"config_file": ("/no/such:/mnt/x",)}, ConfigError, "--config-file /no/such is not a file"),
         ({"command": "a\0b"}, ConfigError, "null character"),

@@ -177,7 +177,7 @@ def test_where_the_kernel_forbids_it_another_way_is_named(volume: Path) -> None:
         pytest.skip(result.stderr)
     assert result.returncode == FAILED
     assert result.stderr == (
-        "hasten: error: the kernel does not let this user make a mount namespace "
+        "hasten: error: the kernel does not let this user create a mount namespace "
         f"(the limit user.max_user_namespaces); {ALONE}\n"
     )
 

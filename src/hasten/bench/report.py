@@ -103,7 +103,9 @@ def require_writable(path: str | None) -> None:
     if Path(path).is_dir():
         raise ConfigError(f"cannot write the results to {path}: it is a folder; give a file")
     if not folder.is_dir():
-        raise ConfigError(f"cannot write the results to {path}: there is no folder {Path(path).parent}; make it first")
+        raise ConfigError(
+            f"cannot write the results to {path}: there is no folder {Path(path).parent}; create it first"
+        )
     if not os.access(path if Path(path).exists() else folder, os.W_OK):
         raise ConfigError(f"cannot write the results to {path}: it is read-only, or you may not write there")
 

@@ -69,7 +69,7 @@ def read_pooling(folder: Path, model: ModelConfig) -> PoolingConfig:
     if not (folder / MODULES).is_file():
         mode: Pooling = "last" if model.attention.causal else "mean"
         if model.task == "embed":
-            _log.warning("%s has no %s: vectors are made by %s pooling", folder, MODULES, mode)
+            _log.warning("%s has no %s: vectors are computed by %s pooling", folder, MODULES, mode)
         return PoolingConfig(modes=(mode,), texts=texts, dimensions=dimensions)
     modes: tuple[Pooling, ...] = ()
     dense: list[DenseModule] = []

@@ -170,7 +170,7 @@ class ServerUpdate:
     def applied_to(self, server: TritonServer) -> TritonServer:
         """A server with these options; variables, annotations and labels are added to those that it has."""
         if self.replicas is not None and server.autoscale is not None:
-            raise ConfigError("--replicas: this server was made with --autoscale, which decides on their number")
+            raise ConfigError("--replicas: this server was created with --autoscale, which decides on their number")
         given = record_of(self)
         for name in [kind for kind in ("env", "annotation", "label") if kind in given]:
             whole = pairs(getattr(server, name), f"--{name}") | pairs(given[name], f"--{name}")

@@ -252,7 +252,7 @@ class TrainingJob(Workload):
     logdir: str | None = option(None, "folder that TensorBoard reads (default: /training_logs)")
     api: Literal["pytorchjob", "trainer", "indexed"] = option(
         "pytorchjob",
-        "object to make in a cluster: a PyTorchJob (kubeflow.org/v1), a TrainJob (trainer.kubeflow.org/v1alpha1) or an "
+        "object to create: a PyTorchJob (kubeflow.org/v1), a TrainJob (trainer.kubeflow.org/v1alpha1) or an "
         "Indexed Job (batch/v1), whose instances know nothing of each other but their number, JOB_COMPLETION_INDEX",
         choices=("pytorchjob", "trainer", "indexed"),
     )
@@ -313,7 +313,9 @@ class TritonServer(Workload):
     )
     prometheus: str | None = option(None, "address of Prometheus, for --autoscale-by queue")
     multinode: int = option(1, "nodes of one instance, for a model that outgrows one")
-    gateway: str | None = option(None, "endpoint picker of a gateway: make an InferencePool that asks this service")
+    gateway: str | None = option(
+        None, "endpoint picker of a gateway: create an InferencePool that queries this service"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

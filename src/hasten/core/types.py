@@ -53,7 +53,7 @@ class PoolingParams:
     """Token ids of the only words that a mask may get; empty: any."""
     truncate_prompt_tokens: int | None = option(
         None,
-        "keep so many tokens of a longer text; -1: as many as the model takes (default: a longer text is an error)",
+        "tokens to keep of a longer text; -1: as many as the model takes (default: a longer text is an error)",
     )
 
     def __post_init__(self) -> None:

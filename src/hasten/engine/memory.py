@@ -43,7 +43,7 @@ def available_host_memory(
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError) as error:
-        raise CapacityError(f"cannot tell how much memory is free ({error}); set kv_cache_memory") from error
+        raise CapacityError(f"cannot find out how much memory is free ({error}); set kv_cache_memory") from error
     left = (free for folder in cgroups.own_groups("memory", system, own) if (free := _left(folder)) is not None)
     return max(0, min((available, *left)))
 

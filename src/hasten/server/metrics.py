@@ -76,7 +76,7 @@ _LANGUAGE: Sequence[Metric] = (
     Metric("queue_time_seconds", "histogram", "Time that a request waited before it was begun", "queue_time"),
     Metric("prompt_tokens_total", "counter", "Tokens of prompts", "prompt_tokens"),
     Metric("generation_tokens_total", "counter", "Tokens generated", "generation_tokens"),
-    Metric("texts_total", "counter", "Texts of which a vector or scores were made", "texts"),
+    Metric("texts_total", "counter", "Texts of which a vector or scores were computed", "texts"),
     Metric("completions_total", "counter", "Completions by how they ended", "finished", "reason"),
 )  # fmt: skip
 _ENGINE: Sequence[Metric] = (

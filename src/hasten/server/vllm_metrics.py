@@ -96,7 +96,7 @@ _HISTOGRAMS: Sequence[tuple[str, str, str, Sequence[float] | None]] = (
      "Time that a block of the key/value cache was unused until it was evicted, of one in 64", BLOCK_S),
     ("kv_block_reuse_gap_seconds", "block_reuse_gap",
      "Time between two uses of a block of the key/value cache, of one in 64", BLOCK_S),
-    ("request_params_n", "completions", "Completions that a request asked for", COMPLETIONS),
+    ("request_params_n", "completions", "Completions per request", COMPLETIONS),
     ("request_prompt_tokens", "prompt_lengths", "Tokens of a request's prompt", None),
     ("request_generation_tokens", "output_lengths", "Tokens generated for a request", None),
     ("request_max_num_generation_tokens", "max_tokens", "Tokens that a completion may have", None),

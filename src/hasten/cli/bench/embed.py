@@ -81,7 +81,7 @@ def _others(args: argparse.Namespace, llm: "LLM", options: dict[str, Any], threa
 
     pooler = llm.engine.worker.pooler
     if pooler is None or "embed" not in pooler.tasks:
-        raise ConfigError(f"{llm.config.architecture} makes no vectors")
+        raise ConfigError(f"{llm.config.architecture} gives no vectors")
     engine = resolve_engine(EngineConfig.create(args.hf_model or args.model, **options))
     common: dict[str, Any] = {
         "device": llm.device,

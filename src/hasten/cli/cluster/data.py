@@ -29,7 +29,7 @@ from hasten.core.errors import NotFoundError
 
 def add_parsers(verbs: VerbParsers) -> None:
     """Add `data` and `top`."""
-    data = verbs.add_parser("data", help="make and list volumes", description="Make and list volumes.")
+    data = verbs.add_parser("data", help="create and list volumes", description="Make and list volumes.")
     data.fill = _fill_data
     top = verbs.add_parser("top", help="show who uses the GPUs", description="Show who uses the GPUs.")
     top.fill = _fill_top
@@ -43,7 +43,9 @@ def _fill_data(data: VerbParser) -> None:
     add_output(listing)
     listing.set_defaults(run=run_list)
     create = actions.add_parser(
-        "create", help="make a volume", description="Make a volume that jobs and servers mount with --data NAME:/PATH."
+        "create",
+        help="create a volume",
+        description="Make a volume that jobs and servers mount with --data NAME:/PATH.",
     )
     create.add_argument("name", metavar="NAME", help="its name")
     add_dry_run(create)

@@ -75,7 +75,7 @@ def missing_kind(kind: str, api_version: str, server: str) -> MissingKindError:
 def no_namespace(namespace: str, server: str) -> NotFoundError:
     """The error for a namespace that does not exist."""
     return NotFoundError(
-        f"there is no namespace {namespace} in the cluster at {server}: name another with -n, or have it made "
+        f"there is no namespace {namespace} in the cluster at {server}: name another with -n, or have it created "
         f"(`kubectl create namespace {namespace}`)"
     )
 

@@ -34,7 +34,7 @@ _SILENCE = 240.0
 def chosen_pod(pods: Sequence[Object], name: str | None, owner: str) -> Object:
     """The pod of that name, or the first; NotFoundError where there is none."""
     if not pods:
-        raise NotFoundError(f"{owner} has no pods: they are not made yet, or have been cleaned up")
+        raise NotFoundError(f"{owner} has no pods: they are not created yet, or have been cleaned up")
     found = pods[0] if name is None else next((pod for pod in pods if name_of(pod) == name), None)
     if found is None:
         known = ", ".join(name_of(pod) for pod in pods)

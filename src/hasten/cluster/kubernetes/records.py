@@ -137,7 +137,7 @@ def _scheduling_reason(status: dict[str, Any]) -> str | None:
             message = str(condition.get("message") or "")
             advice = ""
             if "persistentvolumeclaim" in message and "not found" in message:
-                advice = "; make the volume with `hasten cluster data create`, or mount another"
+                advice = "; create the volume with `hasten cluster data create`, or mount another"
             return _joined(condition.get("reason") or "Unschedulable", message) + advice
     return None
 

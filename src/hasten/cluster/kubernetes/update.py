@@ -39,8 +39,8 @@ def _server(live: Object) -> TritonServer:
     record = (live["metadata"].get("annotations") or {}).get(SPEC)
     if record is None:
         raise UnsupportedError(
-            f"{name_of(live)} has no annotation {SPEC}: hasten, or this version of it, did not make this server and "
-            "cannot change it; use what made it, or serve another version"
+            f"{name_of(live)} has no annotation {SPEC}: hasten, or this version of it, did not create this server and "
+            "cannot change it; use what created it, or serve another version"
         )
     try:
         return server_of(json.loads(record))

@@ -66,7 +66,7 @@ def delete_volume(cluster: Cluster, name: str, namespace: str) -> None:
     volume = Volume(name=name, namespace=namespace)
     claim = cluster.find(CLAIMS, namespace, name)
     if claim is not None and not _is_ours(claim):
-        raise ClusterError(f"volume {name} was not made by hasten: remove it where it was made, or with kubectl")
+        raise ClusterError(f"volume {name} was not created by hasten: remove it where it was created, or with kubectl")
     parts: list[tuple[Resource, str | None, str]] = [(CLAIMS, namespace, name)] if claim else []
     for held in (volume_name(volume), earlier_volume_name(volume)):
         found = cluster.find(VOLUMES, None, held)

@@ -114,4 +114,4 @@ def check_mounts(launch: Launch, copies: Sequence[tuple[Path, Path, str]]) -> No
         cwd="/",
     )
     if trial.returncode != 0:
-        raise ClusterError(trial.stderr.strip().removeprefix("hasten: error: ") or "the mounts cannot be made")
+        raise ClusterError(trial.stderr.strip().removeprefix("hasten: error: ") or "the mounts cannot be set up")

@@ -159,7 +159,7 @@ class JobSupervisor(Supervisor):
 
     def end_all(self) -> None:
         """Somebody deletes the job, or ends its supervisor, as a machine does that shuts down."""
-        reason = "the job was deleted" if self.folder.end_mark.exists() else "its supervisor was told to end"
+        reason = "the job was deleted" if self.folder.end_mark.exists() else "its supervisor was signalled to end"
         self.children.end(self.children.running, GRACE_S)
         for instance in self.state.instances:
             if instance.status not in ("SUCCEEDED", "FAILED"):

@@ -78,7 +78,7 @@ def enter_namespace() -> None:
     except (OSError, MountError) as error:
         why = "the limit user.max_user_namespaces" if getattr(error, "errno", 0) == errno.ENOSPC else error
         raise MountError(
-            f"the kernel does not let this user make a mount namespace ({why}); "
+            f"the kernel does not let this user create a mount namespace ({why}); "
             "give --map-paths, which puts folders' own paths into the command instead"
         ) from error
 

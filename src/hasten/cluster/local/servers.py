@@ -223,7 +223,7 @@ class ServerSupervisor(Supervisor):
 
     def end_all(self) -> None:
         """All replicas at once."""
-        reason = "the server was deleted" if self.folder.end_mark.exists() else "its supervisor was told to end"
+        reason = "the server was deleted" if self.folder.end_mark.exists() else "its supervisor was signalled to end"
         for replica in self._replicas:
             replica.instance.ready, replica.instance.reason = False, reason
         self.save()

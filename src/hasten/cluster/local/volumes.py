@@ -87,7 +87,7 @@ class Volumes:
                 found[name] = _source(self._path(name, namespace))
             except FileNotFoundError:
                 raise NotFoundError(
-                    f"{_missing(name, namespace)}; make it with `data create {name} --path DIR`"
+                    f"{_missing(name, namespace)}; create it with `data create {name} --path DIR`"
                 ) from None
         return found
 

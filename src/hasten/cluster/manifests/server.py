@@ -70,7 +70,7 @@ def check_server(server: TritonServer) -> None:
     if server.replicas != 1:
         raise ConfigError("--autoscale decides on the number of replicas: leave --replicas out")
     if least == 0:
-        raise ConfigError("--autoscale: MIN must be at least 1, for without a server nothing tells that one is wanted")
+        raise ConfigError("--autoscale: MIN must be at least 1, for without a server nothing shows that one is needed")
     if server.autoscale_by == "cpu" and (server.prometheus is not None or not server.cpu):
         raise ConfigError("--autoscale-by cpu needs --cpu, which is what the use is measured by, and no --prometheus")
     if server.autoscale_by == "queue" and not (server.prometheus and server.allow_metrics):
