@@ -114,7 +114,6 @@ def test_kernels_compile_for_gpus_that_are_not_here(
         "_amounts",
         "_collect",
     } <= {kernel["kernel"] for kernel in compiled}
-    assert any(kernel["kernel"] == "held_tile" for kernel in compiled) == (capability == "90")
     assert max(kernel["shared"] for kernel in compiled) <= shared_memory
 
 

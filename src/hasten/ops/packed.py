@@ -109,8 +109,6 @@ class PackedLinear:
     """As in `QuantizedWeight`."""
     grouped: GroupedWeight | None = None
     """A weight with scales of groups, in place of the others."""
-    arrived: Tensor | None = None
-    """Of such a weight on a GPU: counts for programs that share tiles, zero between products."""
     blocked_groups: BlockedGroups | None = None
     """The same for torch's product on a CPU, in place of the others."""
     by_rows: bool = False

@@ -120,31 +120,6 @@ def test_parts_add_up_to_the_product(rows: int, device: torch.device, assert_clo
         assert_close("stepwise", found.sum(0).half(), expected)
 
 
-@pytest.mark.parametrize(
-    ("processors", "each", "steps", "zeros"), [(4, 3, 24, False), (5, 2, 16, True), (6, 1, 16, False)]
-)
-def test_idle_multiprocessors_take_the_last_columns_of_tiles(
-    processors: int,
-    each: int,
-    steps: int,
-    zeros: bool,
-    device: torch.device,
-    assert_close: Close,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(grouped, "multiprocessors", lambda _: processors)
-    lent = grouped._lent(3, steps, processors)
-    assert (lent.programs, lent.tiles) == (-(-3 // each), each)
-    assert 0 < lent.steps < steps
-    weight = make_weight(300, 128 * steps, 128, device, zeros=zeros)
-    assert weight.arrived is not None
-    x, bias = draw(70, 128 * steps, dtype=torch.float16, device=device), draw(300, dtype=torch.float16, device=device)
-    for _ in range(2):  # counts are zero again after a product
-        found = matmul.linear(x, weight, bias, "gelu_tanh")
-        assert_close("stepwise", found, exact(x, weight, bias, "gelu_tanh"))
-        assert not weight.arrived.any()
-
-
 @pytest.mark.parametrize("rows", [1, 70, 257])
 def test_queries_keys_and_values_go_where_they_belong(rows: int, device: torch.device, assert_close: Close) -> None:
     heads, kv_heads, size, dtype = 4, 1, 24, torch.float16

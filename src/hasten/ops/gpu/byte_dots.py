@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hasten.ops.gpu import held_tiles
 from hasten.ops.gpu.endings import Projection, store_sums, targets, widths
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.row_rounding import round_rows
@@ -292,25 +291,16 @@ def product(
     x_1k = weight.grouped.columns.of(x_1h) if weight.grouped is not None and isinstance(x_1h, Tensor) else x_1h
     numbers, units_t = round_rows(x_1k, weight.inputs, nibbles=nibbles)
     features, words = weights.words.shape
-    out = units_t.new_empty(1, features if to is None else to.queries, dtype=x_1h.dtype)
-    row = numbers.view(torch.int32), units_t, weights.words, weights.scales
-    endings = out if bias_o is None else bias_o, out, *targets(to, out), features
-    common = dict(
-        WORDS=words, GROUP=weights.group, HAS_BIAS=bias_o is not None, ACTIVATION=activation, **widths(to),
-        **overlapped(out),
-    )  # fmt: skip
-    form = held_tiles.form_of(features, words, weights.group) if nibbles and not weights.has_zeros else None
-    if form is not None and common["PDL"]:
-        held_tiles.held_tile[(features // form.features,)](
-            *row, *endings, BY_ROWS=form.by_rows, BY_COLUMNS=form.by_columns, num_warps=4, **common
-        )
-        return out
     cut = _NIBBLES if nibbles else _BYTES
     block = min(cut.block, triton.next_power_of_2(words))
     digits = 2 if weight.inputs is None else 1
+    out = units_t.new_empty(1, features if to is None else to.queries, dtype=x_1h.dtype)
     _one_row[(triton.cdiv(features, cut.rows),)](
-        *row, weights.zeros, *endings, STRIDE=numbers.shape[1] // digits // 4, DIGITS=digits, ROWS=cut.rows,
-        BLOCK=block, NIBBLES=nibbles, MIDDLE=weights.middle, CENTRE=weights.centre, HAS_ZEROS=weights.has_zeros,
-        num_warps=min(cut.warps, max(1, block // 128)), **common,
+        numbers.view(torch.int32), units_t, weights.words, weights.scales, weights.zeros,
+        out if bias_o is None else bias_o, out, *targets(to, out), features,
+        WORDS=words, STRIDE=numbers.shape[1] // digits // 4, DIGITS=digits, ROWS=cut.rows, BLOCK=block,
+        GROUP=weights.group, NIBBLES=nibbles, MIDDLE=weights.middle, CENTRE=weights.centre, HAS_ZEROS=weights.has_zeros,
+        HAS_BIAS=bias_o is not None, ACTIVATION=activation, **widths(to),
+        num_warps=min(cut.warps, max(1, block // 128)), **overlapped(out),
     )  # fmt: skip
     return out

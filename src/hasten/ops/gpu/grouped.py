@@ -193,10 +193,6 @@ class Cut:
 MOST_ROWS = 256
 """More rows are cuBLAS's, with a weight that is widened to 16 bits first."""
 _FEW_ROWS = 64
-_TILE_FEATURES = 128
-"""Output features of a program with more rows than that."""
-_FEWEST_LENT = 3
-"""Steps of a tile that are worth a second program's sums."""
 _WIDEN_ROWS, _WIDEN_BLOCK = 4, 1024
 _AHEAD = 2
 """Lines of 128 bytes of each row of the weight that are fetched before inputs may be read."""
@@ -206,9 +202,7 @@ _BLOCKS = (128, 64, 32)
 
 def pack_linear(weight_oh: GroupedWeight) -> PackedLinear:
     """A GPU reads it as it is, with scales in fp32: what has less than 4 bytes a thread is not fetched beforehand."""
-    weight = replace(weight_oh, scales=weight_oh.scales.float())
-    arrived = weight.values.new_zeros(triton.cdiv(weight.shape[0], _TILE_FEATURES), dtype=torch.int32)
-    return PackedLinear(*weight.shape, plain=None, grouped=weight, arrived=arrived)
+    return PackedLinear(*weight_oh.shape, plain=None, grouped=replace(weight_oh, scales=weight_oh.scales.float()))
 
 
 def serves(rows: int, dtype: torch.dtype, weight: GroupedWeight) -> bool:
@@ -249,7 +243,7 @@ def _constants(weight: GroupedWeight) -> dict[str, int]:
 
 def product(
     x_th: Tensor,
-    packed: PackedLinear,
+    weight: GroupedWeight,
     bias_o: Tensor | None,
     activation: str | None,
     to: Projection | None,
@@ -257,8 +251,6 @@ def product(
     split: bool,
 ) -> Tensor:
     """[t, o] in the type of `x_th`, with `to` the queries alone; with `split` maybe [splits, t, o] in fp32."""
-    weight, arrived = packed.grouped, packed.arrived
-    assert weight is not None
     x_tk = weight.columns.of(x_th)
     assert x_tk.is_contiguous()
     rows, features, columns = x_tk.shape[0], weight.shape[0], weight.num_columns
@@ -285,16 +277,7 @@ def product(
     if whole and not cut.scales_sums and has_warp_groups(device):
         room = shared_memory(device) - 2 * block_k * cut.block_n
         x_rows = TensorDescriptor.from_tensor(x_tk, [cut.block_m, block_k])
-        tiles = grid[0]
-        lent = _ALONE
-        if splits == 1 and arrived is not None and tiles <= len(arrived):
-            lent = _lent(tiles, columns // block_k, multiprocessors(device))
-        part_sums = x_tk.new_empty(tiles * cut.block_n * cut.block_m if lent.programs else 0, dtype=torch.float32)
-        by_tiles[tiles + lent.programs, splits](
-            x_rows, *arguments, part_sums, part_sums if arrived is None else arrived,
-            HELPERS=lent.programs, HELPED=lent.tiles, LENT=lent.steps * block_k,
-            num_stages=max(2, min(cut.stages, room // rows_bytes)), **common,
-        )  # fmt: skip
+        by_tiles[grid](x_rows, *arguments, num_stages=max(2, min(cut.stages, room // rows_bytes)), **common)
         return out
     stage_bytes = rows_bytes + cut.block_n * block_k // (2 if weight.is_packed else 1)
     _by_groups[grid](
@@ -304,37 +287,13 @@ def product(
     return out
 
 
-@dataclass(frozen=True)
-class Lent:
-    """What idle multiprocessors take of other programs' tiles: how many do, of how many tiles each, steps of a tile."""
-
-    programs: int
-    tiles: int
-    steps: int
-
-
-_ALONE = Lent(0, 0, 0)
-_STEPS_TO_WRITE, _STEPS_TO_READ = 4.0, 1.0
-"""What another tile takes a helper besides its steps, and what reading its sums takes, in steps of the product."""
-
-
-def _lent(tiles: int, steps: int, processors: int) -> Lent:
-    """How programs that leave multiprocessors idle lend them their last steps, so that all end at about once."""
-    idle = processors - tiles
-    if idle <= 0:
-        return _ALONE
-    each = triton.cdiv(tiles, idle)
-    lent = int((steps + _STEPS_TO_READ - _STEPS_TO_WRITE * each) / (each + 1))
-    return Lent(triton.cdiv(tiles, each), each, lent) if lent >= _FEWEST_LENT else _ALONE
-
-
 def _cut(rows: int, split: bool) -> Cut:
     """Measured choices: docs/performance.md. Where columns may be split there are programs enough for wide ones.
 
     With more rows, weights are scaled once for all of them, so that sums need no registers of their own.
     """
     if rows > _FEW_ROWS:
-        return Cut(max(128, triton.next_power_of_2(rows)), _TILE_FEATURES, 4, 8, scales_sums=False)
+        return Cut(max(128, triton.next_power_of_2(rows)), 128, 4, 8, scales_sums=False)
     block_m = max(16, triton.next_power_of_2(rows))
     stages = 4 if rows > 16 else 6 if split else 8
     return Cut(block_m, 128, stages, 8, scales_sums=True) if split else Cut(block_m, 64, stages, 4, scales_sums=True)

@@ -40,8 +40,6 @@ def by_tiles(
     inverses,
     M,
     N,
-    part_sums,
-    arrived,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     MIDDLE: tl.constexpr,
@@ -49,9 +47,6 @@ def by_tiles(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
-    HELPERS: tl.constexpr,
-    HELPED: tl.constexpr,
-    LENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CLIP: tl.constexpr,
@@ -63,58 +58,29 @@ def by_tiles(
     """BLOCK_M rows of a descriptor with BLOCK_N output features; groups are multiples of 128 columns.
 
     With SPLITS above 1, each split of K writes its own sums [SPLITS, M, N] in fp32; whoever reads them adds them up.
-    The first HELPERS programs have no tiles: they multiply the last LENT columns of HELPED tiles each, one after the
-    other, and leave the sums [tiles, BLOCK_N, BLOCK_M] in fp32; `arrived` counts them for each tile, and is zero before
-    and after a launch. Programs start in their order, so no helper waits for one that waits for it.
     """
     start_next(PDL)
     tiles = tl.cdiv(M, BLOCK_M)
-    program = tl.program_id(0)
-    helps = program < HELPERS
-    tile, end_tile = program - HELPERS, program - HELPERS + 1
-    begin, last = tl.program_id(1) * (K // SPLITS), (tl.program_id(1) + 1) * (K // SPLITS) - LENT - 128
-    if HELPERS > 0:
-        tile = tl.where(helps, program * HELPED, tile)
-        end_tile = tl.where(helps, tl.minimum(tile + HELPED, tl.num_programs(0) - HELPERS), end_tile)
-        begin, last = tl.where(helps, last + 128, begin), tl.where(helps, last + LENT, last)
-    first_tile = tile
-    while tile < end_tile:
-        first_m = tile % tiles * BLOCK_M
-        n = tile // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-        row = tl.where(n < N, n, 0)
-        start = values + row.to(tl.int64)[:, None] * (K // 4) + tl.arange(0, 32)[None, :]
-        words = tl.load(start + begin // 4)
-        scale_n, zero_n = of_group(scales, zeros, begin // GROUP * N + row, MIDDLE, HAS_ZEROS)
-        following = tl.minimum(begin + 128, last)
+    first_m = tl.program_id(0) % tiles * BLOCK_M
+    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin, last = tl.program_id(1) * (K // SPLITS), (tl.program_id(1) + 1) * (K // SPLITS) - 128
+    row = tl.where(n < N, n, 0)
+    start = values + row.to(tl.int64)[:, None] * (K // 4) + tl.arange(0, 32)[None, :]
+    words = tl.load(start + begin // 4)
+    scale_n, zero_n = of_group(scales, zeros, begin // GROUP * N + row, MIDDLE, HAS_ZEROS)
+    following = tl.minimum(begin + 128, last)
+    next_words = tl.load(start + following // 4)
+    next_scale_n, next_zero_n = of_group(scales, zeros, following // GROUP * N + row, MIDDLE, HAS_ZEROS)
+    w_nk = _widened(words, scale_n, zero_n, HAS_ZEROS, x.dtype, PDL)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    wait_for_inputs(PDL)
+    for offset in range(0, K // SPLITS, 128):
+        total = tl.dot(w_nk, x.load([first_m, begin + offset]).T, total)
+        w_nk = _widened(next_words, next_scale_n, next_zero_n, HAS_ZEROS, x.dtype, PDL)
+        following = tl.minimum(begin + offset + 256, last)
         next_words = tl.load(start + following // 4)
         next_scale_n, next_zero_n = of_group(scales, zeros, following // GROUP * N + row, MIDDLE, HAS_ZEROS)
-        w_nk = _widened(words, scale_n, zero_n, HAS_ZEROS, x.dtype, PDL)
-        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        if tile == first_tile:
-            wait_for_inputs(PDL)
-        for column in range(begin, last + 128, 128):
-            total = tl.dot(w_nk, x.load([first_m, column]).T, total)
-            w_nk = _widened(next_words, next_scale_n, next_zero_n, HAS_ZEROS, x.dtype, PDL)
-            following = tl.minimum(column + 256, last)
-            next_words = tl.load(start + following // 4)
-            next_scale_n, next_zero_n = of_group(scales, zeros, following // GROUP * N + row, MIDDLE, HAS_ZEROS)
-        if HELPERS > 0:
-            at = tile.to(tl.int64) * BLOCK_N * BLOCK_M + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M
-            part = part_sums + at + tl.arange(0, BLOCK_M)[None, :]
-            if helps:
-                tl.store(part, total)
-                tl.debug_barrier()  # all threads' sums are written before this program says so
-                tl.atomic_add(arrived + tile, 1, sem="release")
-            else:
-                count = tl.atomic_add(arrived + tile, 0, sem="acquire")
-                while count == 0:
-                    count = tl.atomic_add(arrived + tile, 0, sem="acquire")
-                total += tl.load(part, cache_modifier=".cg")
-                tl.store(arrived + tile, 0)
-        if not helps:
-            m = first_m + tl.arange(0, BLOCK_M)
-            store_sums(
-                total, m, n, M, N, bias, out, keys, cached_values, slots, inverses, SPLITS, HAS_BIAS, ACTIVATION, CLIP,
-                Q, KV, D,
-            )  # fmt: skip
-        tile += 1
+    m = first_m + tl.arange(0, BLOCK_M)
+    store_sums(
+        total, m, n, M, N, bias, out, keys, cached_values, slots, inverses, SPLITS, HAS_BIAS, ACTIVATION, CLIP, Q, KV, D
+    )

@@ -1,7 +1,6 @@
 """Which kernel multiplies a quantized weight, and whether its rows are rounded before.
 
-A single row is multiplied as `byte_dots.py` says where weights are integers, and on an H100 or H200 by the programs of
-`held_tiles.py` where they have 4 bits and no zero points; more rows by weights of 8 bits with scales
+A single row is multiplied as `byte_dots.py` says where weights are integers, more rows by weights of 8 bits with scales
 of output features as `rounded.py` does, and by those with scales of groups as `grouped.py` does.
 """
 
@@ -58,4 +57,4 @@ def product(
     if weight.grouped is None:
         return rounded.product(x_th, weight, bias_o, activation, to, split=split)
     assert isinstance(x_th, Tensor)
-    return grouped.product(x_th, weight, bias_o, activation, to, split=split)
+    return grouped.product(x_th, weight.grouped, bias_o, activation, to, split=split)
