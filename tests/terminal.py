@@ -5,6 +5,8 @@ import pty
 import subprocess
 import sys
 
+from tests.waiting import LIMIT_S
+
 
 def on_a_terminal(script: str, **environment: str) -> tuple[str, str]:
     """What a script prints on standard output, a pipe, and on standard error, a terminal."""
@@ -25,5 +27,5 @@ def on_a_terminal(script: str, **environment: str) -> tuple[str, str]:
         pass
     finally:
         os.close(leader)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=LIMIT_S)
     return output, shown.decode()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
-LIMIT_S = 100.0
+LIMIT_S = 300.0
 """Ends a test that hangs, with what is otherwise; says nothing of how fast anything is."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.checkpoint.hub_site import HubSite, files_of, hub_site
+from tests.waiting import LIMIT_S
 
 from hasten.checkpoint.hub import model_name, resolve_model
 from hasten.core.errors import CheckpointError, ConfigError
@@ -49,7 +50,7 @@ for expression in sys.argv[1:]:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=LIMIT_S,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 from tests.cli.memory_backend import MemoryBackend
+from tests.waiting import LIMIT_S
 
 from hasten.cli.cluster import backend as cluster_backend
 from hasten.cli.main import main
-
-RUN_TIMEOUT_S = 100
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def hasten_process() -> Hasten:
             capture_output=True,
             text=True,
             check=False,
-            timeout=RUN_TIMEOUT_S,
+            timeout=LIMIT_S,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         return Done(done.returncode, done.stdout, done.stderr)

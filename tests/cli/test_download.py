@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.checkpoint.hub_site import HubSite, files_of, hub_site
+from tests.waiting import LIMIT_S
 
 pytestmark = pytest.mark.any_python
 
@@ -29,7 +30,7 @@ def hasten(site: HubSite, tmp_path: Path) -> Run:
     def run(*argv: str) -> "subprocess.CompletedProcess[str]":
         environment = site.environment(tmp_path / "home", OMP_NUM_THREADS="1")
         command = [sys.executable, "-m", "hasten", *argv]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
 
     return run
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.conftest import save_tokenizer
 from tests.encoder_decoders import save_encoder_decoder
+from tests.waiting import LIMIT_S
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Hasten
@@ -97,7 +98,7 @@ def test_text_is_utf8_whatever_the_locale(tiny_bloom: Path, locale: dict[str, st
     environment = {**os.environ, **locale}
 
     def run(*options: str | bytes, given: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
-        return subprocess.run([*command, *options], env=environment, input=given, capture_output=True, timeout=240)
+        return subprocess.run([*command, *options], env=environment, input=given, capture_output=True, timeout=LIMIT_S)
 
     text = "caf\u00e9 \u65e5\u672c"
     good = run(

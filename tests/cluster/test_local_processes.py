@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import pytest
 from tests.cluster.local_site import alive
-from tests.waiting import eventually
+from tests.waiting import LIMIT_S, eventually
 
 from hasten.cluster.local import processes
 from hasten.cluster.local.processes import MARK, environment_of, kill_all, lives, members, start_of
@@ -92,7 +92,7 @@ def test_a_process_that_is_not_buried_does_not_live() -> None:
 ADOPTS = """
 import os, subprocess
 from hasten.cluster.local.processes import adopt_orphans, kill_all, orphans, reap_orphans
-from tests.waiting import eventually
+from tests.waiting import LIMIT_S, eventually
 adopt_orphans()
 own = subprocess.Popen(["sleep", "60"])
 parent = subprocess.Popen(["sh", "-c", "env -i setsid sh -c 'sleep 60 & wait' &"])
@@ -117,5 +117,5 @@ reap_orphans(set())
 
 def test_orphans_are_adopted_killed_and_reaped() -> None:
     """In a process of its own: all of this one's are its tests' own business."""
-    done = subprocess.run([sys.executable, "-c", ADOPTS], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", ADOPTS], capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert (done.returncode, done.stderr) == (0, "")

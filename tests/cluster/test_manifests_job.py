@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.waiting import LIMIT_S
 
 from hasten.cluster.manifests.objects import job_objects
 from hasten.cluster.manifests.pod import literal, toleration
@@ -217,7 +218,7 @@ def test_torchrun_in_two_pods_gives_hasten_its_ranks(tmp_path: Path) -> None:
         for rank in ("0", "1")
     ]
     try:
-        reported = [pod.communicate(timeout=100) for pod in pods]
+        reported = [pod.communicate(timeout=LIMIT_S) for pod in pods]
     finally:
         for pod in pods:
             pod.kill()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.waiting import LIMIT_S
 
 from hasten.core import gpu_weights
 from hasten.core.config import EngineConfig
@@ -145,7 +146,7 @@ def test_tensors_are_taken_while_others_are_read(
 
         def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
             if nbytes == arrays["last"].nbytes:
-                assert self.taken.wait(60)
+                assert self.taken.wait(LIMIT_S)
             super().copy(target, source, nbytes, stream)
 
     monkeypatch.setattr(gpu_weights, "_READERS", 1)

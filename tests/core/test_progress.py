@@ -3,6 +3,7 @@ import sys
 
 import pytest
 from tests.terminal import on_a_terminal
+from tests.waiting import LIMIT_S
 
 from hasten.core.progress import progress_bar
 
@@ -29,7 +30,9 @@ def test_nothing_is_drawn_where_the_caller_or_the_terminal_says_so() -> None:
 
 
 def test_nothing_is_drawn_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = subprocess.run([sys.executable, "-c", _SCRIPT.format(show=True)], capture_output=True, text=True, timeout=100)
+    run = subprocess.run(
+        [sys.executable, "-c", _SCRIPT.format(show=True)], capture_output=True, text=True, timeout=LIMIT_S
+    )
     assert (run.stdout, run.stderr) == ("done\n", "")
     monkeypatch.setattr(sys, "stderr", None)
     with progress_bar("Loading weights", 1) as bar:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from tests.engine.deferring import MARKS, defer_marks
+from tests.waiting import LIMIT_S
 
 from hasten import LLM, EngineError, SamplingParams
 from hasten.core.errors import CheckpointError
@@ -130,7 +131,7 @@ def test_an_idle_engine_of_an_event_loop_does_all_pieces(tiny_bloom: Path) -> No
     try:
         deferred = llm._llm.engine.worker.runner.deferred
         llm._wake(lambda: [deferred.add(Piece("a graph", each)) for each in (lambda: None, done.set)])  # type: ignore[arg-type]
-        assert done.wait(60)
+        assert done.wait(LIMIT_S)
     finally:
         llm.close()
 

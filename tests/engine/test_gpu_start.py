@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tests.waiting import LIMIT_S
 
 from hasten import LLM, SamplingParams
 from hasten.core import gpu_weights
@@ -32,7 +33,7 @@ def test_all_kernels_of_common_requests_are_compiled_together(options: dict[str,
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

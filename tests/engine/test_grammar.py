@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.waiting import LIMIT_S
 
 from hasten import InvalidRequestError, SamplingParams
 from hasten.core.errors import EngineError
@@ -28,7 +29,6 @@ pytestmark = pytest.mark.any_python
 DEMO = Path(__file__).parents[2] / "examples" / "demo-model"
 LONG = ".?" * 30_000
 """Takes minutes, and gigabytes, if nobody ends it."""
-PATIENCE_S = 60
 
 
 def made(**limits: int) -> GrammarCompiler:
@@ -108,7 +108,7 @@ def test_a_grammar_is_compiled_once(compiler: GrammarCompiler, monkeypatch: pyte
     monkeypatch.setattr(GrammarText, "compile", counted)
     monkeypatch.setattr(grammar, "_MOST_MATCHERS", 1)
     futures = [compiler.compile(SamplingParams(regex=text)) for text in ("a", "b", "a", "a", "b")]
-    grammars = [future.result(PATIENCE_S) for future in futures if future is not None]
+    grammars = [future.result(LIMIT_S) for future in futures if future is not None]
     assert compiled == ["a", "b"]
     assert grammars[0] is grammars[2] is grammars[3]
     with pytest.raises(InvalidRequestError):
@@ -132,12 +132,12 @@ def held(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> threadin
 
     def wait(self: GrammarTrial, text: GrammarText) -> int:
         begun.set()
-        free.wait(PATIENCE_S)
+        free.wait(LIMIT_S)
         return run(self, text)
 
     monkeypatch.setattr(GrammarTrial, "run", wait)
     compiler.compile(SamplingParams(regex="first"))
-    assert begun.wait(PATIENCE_S)
+    assert begun.wait(LIMIT_S)
     return free
 
 
@@ -148,7 +148,7 @@ def test_only_so_many_wait(compiler: GrammarCompiler, held: threading.Event) -> 
         compiler.compiled(SamplingParams(regex="b"))
     assert compiler.compile(SamplingParams(regex="a3")) is waiting[3]  # it is no further one
     held.set()
-    assert all(future is not None and future.result(PATIENCE_S) for future in waiting)
+    assert all(future is not None and future.result(LIMIT_S) for future in waiting)
     assert compiler.compiled(SamplingParams(regex="b")) is not None
 
 
@@ -173,12 +173,12 @@ def test_nobody_waits_while_the_process_starts(compiler: GrammarCompiler, monkey
 
     def wait(self: GrammarTrial, *described: object) -> None:
         starting.set()
-        free.wait(PATIENCE_S)
+        free.wait(LIMIT_S)
         start(self, *described)  # type: ignore[arg-type]  # it is what it was given
 
     monkeypatch.setattr(GrammarTrial, "__init__", wait)
     futures = [compiler.compile(SamplingParams(regex="a"))]
-    assert starting.wait(PATIENCE_S)
+    assert starting.wait(LIMIT_S)
     futures.append(compiler.compile(SamplingParams(regex="b")))
     assert all(future is not None and not future.done() for future in futures)
     compiler.close()
@@ -186,7 +186,7 @@ def test_nobody_waits_while_the_process_starts(compiler: GrammarCompiler, monkey
     for future in futures:
         assert future is not None
         with pytest.raises(EngineError, match="closed"):
-            future.result(PATIENCE_S)
+            future.result(LIMIT_S)
 
 
 def test_the_process_ends_with_the_compiler(compiler: GrammarCompiler) -> None:
@@ -200,4 +200,4 @@ def test_the_process_ends_with_the_compiler(compiler: GrammarCompiler) -> None:
 
 def test_the_process_loads_neither_torch_nor_numpy() -> None:
     program = "import sys, hasten.engine.grammar_trial; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=LIMIT_S)

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.waiting import LIMIT_S
 
 from hasten import LLM, EngineError, SamplingParams
 from hasten.engine.sampler import Choice
@@ -68,7 +69,7 @@ print("survived")
 @pytest.mark.parametrize("steps", ["one by one", "overlapped"])
 def test_real_interrupts_end_calls_and_not_the_engine(tiny_bloom: Path, steps: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", REAL_SIGNALS, str(tiny_bloom), steps], capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", REAL_SIGNALS, str(tiny_bloom), steps], capture_output=True, text=True, timeout=LIMIT_S
     )
     assert done.stdout.strip() == "survived", done.stderr
 

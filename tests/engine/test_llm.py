@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.waiting import LIMIT_S
 
 from hasten import (
     LLM,
@@ -1144,5 +1145,5 @@ def stderr_on_a_terminal(script: str) -> str:
         while piece := os.read(leader, 4096):
             shown += piece
     os.close(leader)
-    assert process.wait(60) == 0, shown.decode()
+    assert process.wait(LIMIT_S) == 0, shown.decode()
     return shown.decode()

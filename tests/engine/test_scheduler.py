@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.waiting import LIMIT_S
 
 from hasten.core.config import SchedulerConfig
 from hasten.core.errors import CapacityError
@@ -247,7 +248,7 @@ LIMITS = st.fixed_dictionaries(
 
 def test_scheduling_does_not_need_torch() -> None:
     program = "import sys, hasten.engine.scheduler, hasten.engine.pacing; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=LIMIT_S)
 
 
 @given(jobs=JOBS, limits=LIMITS)

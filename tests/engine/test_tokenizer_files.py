@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import LIMIT_S
 
 from hasten.core.errors import CheckpointError
 from hasten.engine.text import Tokenizer
@@ -183,4 +184,4 @@ from hasten.engine.text import Tokenizer
 Tokenizer.from_folder({str(folder)!r})
 assert "transformers" not in sys.modules
 """
-        subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=LIMIT_S)

@@ -16,7 +16,7 @@ from hasten.core.ports import free_ports
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "article.sh"
 PROMPT = "That year the spring came early."
-LONGEST_S = 400
+LONGEST_S = 1200
 SAMPLES = 8
 
 Environment = dict[str, str]

@@ -530,7 +530,7 @@ print(recording.is_whole, "numba" in sys.modules, "torch._dynamo" in sys.modules
 @pytest.mark.any_python
 def test_later_starts_import_no_compiler(kernels: native.Kernels) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, check=True, timeout=LIMIT_S
     )
     assert done.stdout.split() == ["False"] * 3
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.waiting import attempts
+from tests.waiting import LIMIT_S, attempts
 
 from hasten.parallel import threads
 from hasten.parallel.threads import ThreadChoice, limit_threads, waited_for_cpus
@@ -31,7 +31,7 @@ def test_an_engine_computes_with_as_many_threads_as_the_quota_has_cpus(tiny_bloo
     (tmp_path / "own").write_text("0::/\n")
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     command = [sys.executable, "-c", CHECK, str(tmp_path), str(tiny_bloom)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": ""}, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": ""}, timeout=LIMIT_S)
     assert done.stdout.split() == ["2", "1", "True", "2"]
 
 

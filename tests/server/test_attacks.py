@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tests.soak.http_client import NoAnswerError, connected, get, request
 from tests.soak.server import DEMO, Server, serving
-from tests.waiting import attempts
+from tests.waiting import LIMIT_S, attempts
 from tritonclient.grpc import service_pb2 as pb
 
 pytestmark = pytest.mark.any_python
@@ -169,7 +169,7 @@ def test_requests_that_wait_are_bounded_by_their_bytes(server: Server) -> None:
             watched(server),
         ):
             with pytest.raises(grpc.aio.AioRpcError, match="bytes wait already, and max_queue_bytes is") as error:
-                await channel.unary_unary(INFER)(message.SerializeToString(), timeout=120)
+                await channel.unary_unary(INFER)(message.SerializeToString(), timeout=LIMIT_S)
             assert error.value.code() is grpc.StatusCode.UNAVAILABLE
         assert (await post(server, "/v1/completions", completion()))[0] == 200
 
@@ -201,7 +201,7 @@ def test_nobody_is_held_up_over_grpc(server: Server, name: str) -> None:
             call = channel.unary_unary(INFER)
             for _ in range(2):
                 with pytest.raises(grpc.aio.AioRpcError, match=message) as error:
-                    await call(raw, timeout=120)
+                    await call(raw, timeout=LIMIT_S)
                 assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     run(attack())

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 from tests.server.transport_fixtures import Transports, serving
-from tests.waiting import attempts, eventually
+from tests.waiting import LIMIT_S, attempts, eventually
 
 from hasten.server.connections import ConnectionLimits
 
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
-PATIENCE_S = 100.0
-"""For what comes within a second on an idle machine."""
 TOO_MANY = 16 << 20
 """Bytes; a client that may send so many is not stopped."""
 
@@ -37,7 +35,7 @@ def hasty() -> Iterator[Transports]:
 
 @contextlib.contextmanager
 def connected(site: Transports) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", site.http_listener.port), timeout=PATIENCE_S) as result:
+    with socket.create_connection(("127.0.0.1", site.http_listener.port), timeout=LIMIT_S) as result:
         yield result
 
 
@@ -58,8 +56,8 @@ def send_all(connection: socket.socket, pieces: Iterator[bytes]) -> int:
             with contextlib.suppress(BlockingIOError):
                 if b" 200 OK" not in connection.recv(20, socket.MSG_PEEK):
                     break
-            connection.settimeout(PATIENCE_S)
-    connection.settimeout(PATIENCE_S)
+            connection.settimeout(LIMIT_S)
+    connection.settimeout(LIMIT_S)
     return sent
 
 

@@ -421,7 +421,7 @@ def test_a_client_that_does_not_read_holds_up_nobody(transports: Transports, stu
         call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([count(1_000_000)]))
         next(call)
         for _ in range(5):
-            assert stub.ModelInfer(request(), timeout=100).model_name == "add"
+            assert stub.ModelInfer(request(), timeout=LIMIT_S).model_name == "add"
         call.cancel()
     eventually(lambda: transports.service.withdrawn == withdrawn + 1)
 
@@ -615,13 +615,13 @@ def test_tritons_client_streams(triton: grpcclient.InferenceServerClient) -> Non
     tensor = grpcclient.InferInput("IN", [1], "INT32")
     tensor.set_data_from_numpy(np.array([3], np.int32))
     triton.async_stream_infer("decoupled", [tensor], enable_empty_final_response=True)
-    found = [came.get(timeout=100) for _ in range(4)]
+    found = [came.get(timeout=LIMIT_S) for _ in range(4)]
     assert [result.as_numpy("OUT").tolist() for result, _ in found[:3]] == [[0], [1], [2]]
     assert found[3][0].get_response().parameters["triton_final_response"].bool_param
     triton.async_stream_infer("nope", [tensor])
-    assert "unknown model" in str(came.get(timeout=100)[1])
+    assert "unknown model" in str(came.get(timeout=LIMIT_S)[1])
     triton.async_stream_infer("add", tensors(grpcclient))
-    assert came.get(timeout=100)[0].as_numpy("OUTPUT0").tolist() == [[11, 3]]
+    assert came.get(timeout=LIMIT_S)[0].as_numpy("OUTPUT0").tolist() == [[11, 3]]
     triton.stop_stream()
 
 
@@ -631,7 +631,7 @@ def test_tritons_client_cancels(transports: Transports, triton: grpcclient.Infer
     call = triton.async_infer("add", tensors(grpcclient, -2), callback=lambda result, error: ended.put(error))
     eventually(lambda: transports.service.begun == begun + 1)
     call.cancel()
-    assert "CANCELLED" in str(ended.get(timeout=100))
+    assert "CANCELLED" in str(ended.get(timeout=LIMIT_S))
     eventually(lambda: transports.service.withdrawn == withdrawn + 1)
 
 

@@ -14,7 +14,7 @@ import pytest
 import tritonclient.http as httpclient
 from tests.server.adding_service import OWN_ERROR
 from tests.server.transport_fixtures import LIMIT, Transports, refusal, workers
-from tests.waiting import eventually
+from tests.waiting import LIMIT_S, eventually
 
 from hasten.server.protocol import http_infer
 
@@ -112,7 +112,7 @@ def test_a_models_own_error_and_a_defect_are_500(http: httpx.Client) -> None:
 
 
 def test_a_connection_outlives_a_defect(transports: Transports, caplog: pytest.LogCaptureFixture) -> None:
-    connection = http.client.HTTPConnection(transports.http, timeout=100)
+    connection = http.client.HTTPConnection(transports.http, timeout=LIMIT_S)
     for first, status in ((-3, 500), (1, 200), (-3, 500), (1, 200)):
         connection.request("POST", ADD, body=json.dumps({"inputs": [A | {"data": [first, 0]}, B]}))
         socket_used = connection.sock
@@ -409,7 +409,7 @@ def test_generate_is_one_response(transports: Transports, http: httpx.Client, wa
 
 
 def leave(transports: Transports, path: str, body: Any) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection(transports.http, timeout=100)
+    connection = http.client.HTTPConnection(transports.http, timeout=LIMIT_S)
     connection.request("POST", path, body=json.dumps(body))
     return connection
 

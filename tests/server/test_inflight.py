@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from tests.server.transport_fixtures import Transports, refusal, serving
-from tests.waiting import eventually
+from tests.waiting import LIMIT_S, eventually
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
@@ -40,7 +40,7 @@ def full(site: Transports) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def client(site: Transports) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://{site.http}", timeout=100) as client:
+    with httpx.Client(base_url=f"http://{site.http}", timeout=LIMIT_S) as client:
         yield client
 
 
@@ -99,7 +99,7 @@ def test_a_body_is_refused_before_it_is_sent(site: Transports) -> None:
     refusals = site.inflight.refusals
     with socket.create_connection(("127.0.0.1", site.http_listener.port)) as sock:
         sock.sendall(b"POST /v2/models/add/infer HTTP/1.1\r\nhost: a\r\ncontent-length: 200000\r\n\r\n")
-        sock.settimeout(100)
+        sock.settimeout(LIMIT_S)
         answer = b""
         while b"}" not in answer:
             answer += sock.recv(10_000)
@@ -142,10 +142,10 @@ def test_messages_are_refused_over_grpc(site: Transports) -> None:
     with grpc.insecure_channel(site.grpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.RpcError, match=FULL) as error:
-            stub.ModelInfer(message(VALUES), timeout=100)
+            stub.ModelInfer(message(VALUES), timeout=LIMIT_S)
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert stub.ModelInfer(message(2), timeout=100).model_name == "add"
-        refused, taken = stub.ModelStreamInfer(iter([message(VALUES, "large"), message(2, "small")]), timeout=100)
+        assert stub.ModelInfer(message(2), timeout=LIMIT_S).model_name == "add"
+        refused, taken = stub.ModelStreamInfer(iter([message(VALUES, "large"), message(2, "small")]), timeout=LIMIT_S)
         assert "--max-inflight-bytes" in refused.error_message
         assert (refused.infer_response.id, taken.infer_response.id) == ("large", "small")
         assert not taken.error_message

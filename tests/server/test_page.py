@@ -80,7 +80,7 @@ def open_page(browser: Browser, site: Site) -> Iterator[OpenPage]:
     ) -> Page:
         context = browser.new_context(viewport=viewport, color_scheme=scheme)  # type: ignore[arg-type]
         contexts.append(context)
-        context.set_default_timeout(100_000)
+        context.set_default_timeout(1000 * LIMIT_S)
         if key is not None:
             context.add_init_script(f"if (location.host) sessionStorage.setItem('hasten-key', {key!r})")
         page = context.new_page()

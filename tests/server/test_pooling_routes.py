@@ -373,7 +373,7 @@ def test_the_page_shows_vectors_and_scores(site: Site) -> None:
         playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS)) as browser,
     ):
         page = browser.new_page()
-        page.set_default_timeout(100_000)
+        page.set_default_timeout(1000 * LIMIT_S)
         page.goto(site.url)
         for model, button, shown in (
             ("embedder", "Embed", "48 numbers: "),

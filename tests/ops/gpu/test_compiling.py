@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.waiting import LIMIT_S
 
 compiling = pytest.importorskip("hasten.ops.gpu.compiling")
 
@@ -20,7 +21,7 @@ def test_kernels_of_a_block_are_compiled_at_its_end_and_then_there(tmp_path: Pat
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_S
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
