@@ -26,10 +26,7 @@ def _of_heads(query, key, head_h, d, in_head, HEADS: tl.constexpr, KV_HEADS: tl.
 
 
 @triton.jit
-def _normed(
-    x_hd,
-    mean_h,
-    scale_h,
+def _gains(
     norms,
     biases,
     head_h,
@@ -38,19 +35,27 @@ def _normed(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     OWN: tl.constexpr,
-    RMS: tl.constexpr,
     OFFSET: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Dimensions d of heads whose means and scales are known."""
+    """What norms multiply dimensions d of heads by, and what they add."""
     gain_hd = _of_heads(norms[0], norms[1], head_h, d, in_head, HEADS, KV_HEADS, OWN)
     if OFFSET:
         gain_hd += 1.0
+    shift_hd = tl.zeros([1, 1], tl.float32)
+    if SHIFT:
+        shift_hd = _of_heads(biases[0], biases[1], head_h, d, in_head, HEADS, KV_HEADS, 0)
+    return gain_hd, shift_hd
+
+
+@triton.jit
+def _normed(x_hd, mean_h, scale_h, gain_hd, shift_hd, RMS: tl.constexpr, SHIFT: tl.constexpr):
+    """Dimensions of heads whose means and scales are known."""
     if not RMS:
         x_hd = x_hd - mean_h[:, None]
     y_hd = x_hd * scale_h[:, None] * gain_hd
     if SHIFT:
-        y_hd += _of_heads(biases[0], biases[1], head_h, d, in_head, HEADS, KV_HEADS, 0)
+        y_hd += shift_hd
     return y_hd
 
 
@@ -94,28 +99,9 @@ def _store_heads(
     in_head = d < D
     norms = (query_norm, key_norm)
     biases = (query_bias, key_bias)
-    wait_for_inputs(PDL)
     slot = tl.load(slots + row).to(tl.int64)
-    position = tl.load(positions + row).to(tl.int64)
-    start_h = qkv + row * row_stride + head_h * D
-    mask_hd = (head_h < HEADS + 2 * KV_HEADS)[:, None] & in_head[None, :]
-    stored_hd = tl.load(start_h[:, None] + d[None, :], mask_hd, 0.0)
-    x_hd = stored_hd.to(tl.float32)
-    mean_h = tl.zeros([BLOCK_H], tl.float32)
-    scale_h = tl.full([BLOCK_H], 1.0, tl.float32)
     if NORM:
-        centred_hd = x_hd
-        if not RMS:
-            mean_h = tl.sum(x_hd, 1) / D
-            centred_hd = tl.where(in_head[None, :], x_hd - mean_h[:, None], 0.0)
-        if WHOLE:
-            squares_h = tl.load(mean_squares + 2 * row + (head_h >= HEADS).to(tl.int32))
-        else:
-            squares_h = tl.sum(centred_hd * centred_hd, 1) / D
-        scale_h = tl.rsqrt(squares_h + eps)
-        x_hd = _normed(
-            x_hd, mean_h, scale_h, norms, biases, head_h, d, in_head, HEADS, KV_HEADS, OWN, RMS, OFFSET, SHIFT
-        )
+        gain_hd, shift_hd = _gains(norms, biases, head_h, d, in_head, HEADS, KV_HEADS, OWN, OFFSET, SHIFT)
     if R:
         half: tl.constexpr = R // 2
         if PAIRS:
@@ -126,14 +112,36 @@ def _store_heads(
             is_first = d < half
             pair = tl.where(is_first, d, d - half)
             partner = tl.where(is_first, d + half, tl.where(d < R, d - half, d))
-        y_hd = tl.load(start_h[:, None] + partner[None, :], mask_hd, 0.0).to(tl.float32)
-        if NORM:
-            y_hd = _normed(
-                y_hd, mean_h, scale_h, norms, biases, head_h, partner, in_head, HEADS, KV_HEADS, OWN, RMS, OFFSET, SHIFT
-            )
-        turn = table + position * R + pair
+        turn = table + tl.load(positions + row).to(tl.int64) * R + pair
         cos = tl.load(turn, d < R, 1.0)
         sin = tl.load(turn + half, d < R, 0.0)
+        if NORM:
+            other_hd, other_shift_hd = _gains(
+                norms, biases, head_h, partner, in_head, HEADS, KV_HEADS, OWN, OFFSET, SHIFT
+            )
+    wait_for_inputs(PDL)
+    start_h = qkv + row * row_stride + head_h * D
+    mask_hd = (head_h < HEADS + 2 * KV_HEADS)[:, None] & in_head[None, :]
+    stored_hd = tl.load(start_h[:, None] + d[None, :], mask_hd, 0.0)
+    x_hd = stored_hd.to(tl.float32)
+    mean_h = tl.zeros([BLOCK_H], tl.float32)
+    scale_h = tl.full([BLOCK_H], 1.0, tl.float32)
+    if R:
+        y_hd = tl.load(start_h[:, None] + partner[None, :], mask_hd, 0.0).to(tl.float32)
+    if NORM:
+        centred_hd = x_hd
+        if not RMS:
+            mean_h = tl.sum(x_hd, 1) / D
+            centred_hd = tl.where(in_head[None, :], x_hd - mean_h[:, None], 0.0)
+        if WHOLE:
+            squares_h = tl.load(mean_squares + 2 * row + (head_h >= HEADS).to(tl.int32))
+        else:
+            squares_h = tl.sum(centred_hd * centred_hd, 1) / D
+        scale_h = tl.rsqrt(squares_h + eps)
+        x_hd = _normed(x_hd, mean_h, scale_h, gain_hd, shift_hd, RMS, SHIFT)
+        if R:
+            y_hd = _normed(y_hd, mean_h, scale_h, other_hd, other_shift_hd, RMS, SHIFT)
+    if R:
         x_hd = x_hd * cos[None, :] + tl.where(is_first[None, :], -y_hd, y_hd) * sin[None, :]
     key_h = head_h - HEADS
     value_h = key_h - KV_HEADS

@@ -48,9 +48,13 @@ def matvec(
     start = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     ragged: tl.constexpr = K % BLOCK_K != 0
     first = tl.load(start, valid[:, None] & (k < K)[None, :], 0.0)
+    if HAS_BIAS:
+        bias_n = tl.load(bias + n, valid, 0.0).to(tl.float32)
+    if KV:
+        slot = tl.load(slots).to(tl.int64)
+        if PAIRS is not None:
+            cos, sin, turn = turns_of(table, tl.load(positions).to(tl.int64), pair, 2 * pair < N, Q, KV, D, R)
     wait_for_inputs(PDL)
-    if KV and PAIRS is not None:
-        cos, sin, turn = turns_of(table, tl.load(positions).to(tl.int64), pair, 2 * pair < N, Q, KV, D, R)
     total = first.to(tl.float32) * tl.load(x + k, k < K, 0.0).to(tl.float32)[None, :]
     for offset in tl.static_range(BLOCK_K, K, BLOCK_K):
         if ragged:
@@ -62,7 +66,7 @@ def matvec(
         total += more.to(tl.float32) * part.to(tl.float32)[None, :]
     value = tl.sum(total, 1)
     if HAS_BIAS:
-        value += tl.load(bias + n, valid, 0.0).to(tl.float32)
+        value += bias_n
     if ACTIVATION is not None and PAIRS != "gate":
         value = activated(value, ACTIVATION)
     if CLIP is not None:
@@ -71,13 +75,12 @@ def matvec(
     if PAIRS is not None:
         even, odd = tl.split(value.reshape([ROWS // 2, 2]))
         if KV:
-            targets = pair * 0, tl.load(slots).to(tl.int64), 2 * pair < N
+            targets = pair * 0, slot, 2 * pair < N
             store_turned(even, odd, (cos, sin, turn), pair, targets, out, keys, values, inverses, N, Q, KV, PAIRS, D, R)
         else:
             unit = activated(even.to(tl.float32), ACTIVATION) * odd.to(tl.float32)
             tl.store(out + pair, unit.to(out.dtype.element_ty), 2 * pair < N)
     elif KV:
-        slot = tl.load(slots).to(tl.int64)
         store_projected(value, n * 0, slot, n, valid, out, keys, values, inverses, Q, KV, D)
     else:
         tl.store(out + n, value, valid)
