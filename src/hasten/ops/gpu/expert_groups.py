@@ -12,10 +12,11 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hasten.core.model_config import GatedUnit
 from hasten.ops.gpu.activations import gated
-from hasten.ops.gpu.launch import overlapped, shared_memory, start_next, wait_for_inputs
+from hasten.ops.gpu.launch import has_warp_groups, overlapped, shared_memory, start_next, wait_for_inputs
 from hasten.ops.mixture import PackedExperts, Routing
 
 
@@ -71,7 +72,7 @@ def _sort(
 
 @triton.jit
 def _tile(bounds, tile, COUNT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The expert of a tile, COUNT if there is none, and the places in the order of its pairs, with which are real.
+    """The expert of a tile, COUNT if there is none, its first place in the order of pairs, all, and which are real.
 
     All bounds are read at once, since each read would wait for the one before it.
     """
@@ -83,8 +84,9 @@ def _tile(bounds, tile, COUNT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.
     earlier = tl.max(tl.where(before, tile_ends, 0), 0)
     begin = tl.max(tl.where(before, ends, 0), 0)
     end = tl.min(tl.where(before, 2147483647, ends), 0)
-    index = begin + (tile - earlier) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return expert, tl.where(index < end, index, begin), index < end
+    first = begin + (tile - earlier) * BLOCK_M
+    index = first + tl.arange(0, BLOCK_M)
+    return expert, first, tl.where(index < end, index, begin), index < end
 
 
 @triton.jit
@@ -113,32 +115,40 @@ def _grouped_gate_up(
     GATE: tl.constexpr,
     LIMIT: tl.constexpr,
     OFFSET: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The gated unit of a tile of pairs, BLOCK_N features of both halves, stored in the order of pairs: [P, I]."""
+    """The gated unit of a tile of pairs, BLOCK_N features of both halves, stored in the order of pairs: [P, I].
+
+    With DESCRIBED, `weight` describes its rows, those of all experts.
+    """
     start_next(PDL)
     wait_for_inputs(PDL)
     features: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
-    expert, index, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
+    expert, _, index, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
     if expert == COUNT:
         return
-    n = tl.program_id(0) % features * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = tl.program_id(0) % features * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     token = tl.load(order + index) // K
     x_start = x + token.to(tl.int64)[:, None] * H + k[None, :]
-    feature = expert.to(tl.int64) * 2 * I + tl.where(n < I, n, 0)
-    gate_start = weight + feature[:, None] * H + k[None, :]
-    up_start = gate_start + I * H
+    if not DESCRIBED:
+        feature = expert.to(tl.int64) * 2 * I + tl.where(n < I, n, 0)
+        gate_start = weight + feature[:, None] * H + k[None, :]
+        up_start = gate_start + I * H
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for offset in tl.range(0, H, BLOCK_K, num_stages=STAGES):
-        if H % BLOCK_K == 0:
-            x_mk = tl.load(x_start + offset)
+        inside = (k + offset < H)[None, :]
+        x_mk = tl.load(x_start + offset) if H % BLOCK_K == 0 else tl.load(x_start + offset, inside, 0.0)
+        if DESCRIBED:
+            gate_nk = weight.load([expert * (2 * I) + first_n, offset])
+            up_nk = weight.load([expert * (2 * I) + I + first_n, offset])
+        elif H % BLOCK_K == 0:
             gate_nk = tl.load(gate_start + offset)
             up_nk = tl.load(up_start + offset)
         else:
-            inside = (k + offset < H)[None, :]
-            x_mk = tl.load(x_start + offset, inside, 0.0)
             gate_nk = tl.load(gate_start + offset, inside, 0.0)
             up_nk = tl.load(up_start + offset, inside, 0.0)
         gate = tl.dot(gate_nk, x_mk.T, gate, input_precision="ieee")
@@ -171,30 +181,37 @@ def _grouped_down(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The outputs of a tile of pairs times their weights, BLOCK_N features, stored by token and choice.
 
     Features are the rows of the product, since few pairs fill no rows of a matrix instruction. In the largest tiles
-    they are the columns: an instruction has up to 256 of these for 64 rows, and reads less per operation.
+    they are the columns: an instruction has up to 256 of these for 64 rows, and reads less per operation. With
+    DESCRIBED, `weight` and `inner` describe their rows, those of all experts and of all pairs.
     """
     start_next(PDL)
     pairs_are_rows: tl.constexpr = BLOCK_M >= 128
     wait_for_inputs(PDL)
     features: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    expert, index, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
+    expert, first, index, real = _tile(bounds, tl.program_id(0) // features, COUNT, BLOCK_E, BLOCK_M)
     if expert == COUNT:
         return
-    n = tl.program_id(0) % features * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = tl.program_id(0) % features * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     pair = tl.load(order + index)
     scale = tl.load(scales + pair)
-    x_start = inner + index.to(tl.int64)[:, None] * I + k[None, :]
-    feature = expert.to(tl.int64) * H + tl.where(n < H, n, 0)
-    w_start = weight + feature[:, None] * I + k[None, :]
+    if not DESCRIBED:
+        x_start = inner + index.to(tl.int64)[:, None] * I + k[None, :]
+        feature = expert.to(tl.int64) * H + tl.where(n < H, n, 0)
+        w_start = weight + feature[:, None] * I + k[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N] if pairs_are_rows else [BLOCK_N, BLOCK_M], tl.float32)
     for offset in tl.range(0, I, BLOCK_K, num_stages=STAGES):
-        if I % BLOCK_K == 0:
+        if DESCRIBED:
+            x_mk = inner.load([first, offset])
+            w_nk = weight.load([expert * H + first_n, offset])
+        elif I % BLOCK_K == 0:
             x_mk = tl.load(x_start + offset)
             w_nk = tl.load(w_start + offset)
         else:
@@ -253,16 +270,36 @@ def grouped(
         H=hidden, I=inner_size, K=top_k, COUNT=count, BLOCK_E=triton.next_power_of_2(count), BLOCK_M=cut.block_m,
         num_warps=cut.warps, **overlapped(x_th),
     )  # fmt: skip
+    described = _described(cut, weights, x_th)
     blocks = _blocks(cut, cut.gate_up_n, 2, inner_size, hidden, x_th)
     _grouped_gate_up[(tiles * triton.cdiv(inner_size, blocks["BLOCK_N"]),)](
-        x_th, weights.gate_up, weights.gate_up_bias, order, bounds, inner,
-        GATE=unit.gate, LIMIT=unit.limit, OFFSET=unit.offset, **blocks, **common,
+        x_th, _rows(weights.gate_up, described, blocks["BLOCK_N"], blocks), weights.gate_up_bias, order, bounds, inner,
+        GATE=unit.gate, LIMIT=unit.limit, OFFSET=unit.offset, DESCRIBED=described, **blocks, **common,
     )  # fmt: skip
     blocks = _blocks(cut, cut.down_n, 1, hidden, inner_size, x_th)
     _grouped_down[(tiles * triton.cdiv(hidden, blocks["BLOCK_N"]),)](
-        inner, weights.down, weights.down_bias, routing.weights_tk, order, bounds, out, tokens,
-        PARTS=parts, **blocks, **common,
+        _rows(inner, described, cut.block_m, blocks), _rows(weights.down, described, blocks["BLOCK_N"], blocks),
+        weights.down_bias, routing.weights_tk, order, bounds, out, tokens,
+        PARTS=parts, DESCRIBED=described, **blocks, **common,
     )  # fmt: skip
+
+
+_DESCRIBED_PAIRS = 128
+"""Pairs of a tile from which on the device copies tiles of rows by itself."""
+
+
+def _described(cut: _Cut, weights: PackedExperts, x_th: Tensor) -> bool:
+    """Whether kernels take descriptors of rows, for which these must have whole 16 bytes."""
+    _, hidden, inner = weights.shape
+    large = cut.block_m >= _DESCRIBED_PAIRS and x_th.dtype.itemsize == 2
+    return large and hidden % 8 == 0 and inner % 8 == 0 and has_warp_groups(x_th.device.index)
+
+
+def _rows(tensor: Tensor | None, described: bool, rows: int, blocks: dict[str, Any]) -> Any:
+    """A tensor, or a descriptor of its rows, so many of them and a block of their features at a time."""
+    if tensor is None or not described:
+        return tensor
+    return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [rows, blocks["BLOCK_K"]])
 
 
 def _sorted(weights: PackedExperts, routing: Routing, block_m: int) -> tuple[Tensor, Tensor]:
