@@ -24,6 +24,7 @@ from hasten.engine.text_scheduler import TextSequence
 from hasten.layers.position import alibi_slopes
 from hasten.ops import CACHE_DTYPES, AttentionMeta, CacheScales, reference
 from hasten.ops.gpu import attention, long_attention, pair_attention
+from hasten.ops.gpu.splits import one_query, query_group
 from hasten.ops.plan import MIN_SPLIT_LEN, AttentionPlan, Planner
 
 # tests/bench/test_kernels.py runs every kernel on every Python
@@ -245,7 +246,9 @@ class Case:
         """How exact the kernels are: matrix units multiply values by weights in the type of both."""
         assert meta.plan is not None
         several = meta.plan.tiles is not None or meta.plan.long_tiles is not None
-        single = not several and self.heads.query == self.heads.kv and self.fixed_run is None
+        narrow = self.dtype != torch.float32 and self.cache is None and self.heads.size <= 128
+        alone = meta.num_tokens == 1 and narrow
+        single = not several and self.heads.query == self.heads.kv and self.fixed_run is None and not alone
         return "attention" if single else "tile"
 
     def check(self, meta: AttentionMeta, assert_close: Close) -> None:
@@ -300,6 +303,36 @@ def test_decodes(lengths: Lengths, extra_splits: int, device: torch.device, asse
 def test_a_decode_at_a_thousand_keys(extra_splits: int, device: torch.device, assert_close: Close) -> None:
     case = Case(Heads(query=1, kv=1), torch.float16, device).fill([(1, 1000)], extra_splits)
     case.check(whole(case), assert_close)
+
+
+@pytest.mark.parametrize("extra_splits", [WHOLE, CUT])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"alibi": False, "window": 33},
+        {"softcap": 0.7},
+        {"alibi": False, "sinks": 1.0},
+        {"alibi": False, "farthest": 9},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("heads", [Heads(), Heads(query=1, kv=1, size=80, block=12), Heads(query=2, kv=2, size=128)])
+def test_a_single_query_whose_heads_have_keys_of_their_own(
+    heads: Heads, options: dict[str, Any], extra_splits: int, device: torch.device, assert_close: Close
+) -> None:
+    for length in (1, 161):
+        case = Case(heads, torch.float16, device, **options).fill([(1, length)], extra_splits)
+        case.check(whole(case), assert_close)
+
+
+def test_heads_of_a_single_query_are_groups_of_one() -> None:
+    def kernel(queries: int = 1, width: int = 128, wide: bool = False, narrow: bool = False) -> object:
+        return attention._single(1, queries, width, 16, wide, narrow, None)[0]
+
+    assert kernel() is query_group
+    others = kernel(queries=2), kernel(width=256), kernel(wide=True), kernel(narrow=True)
+    assert all(other is one_query for other in others)
 
 
 @pytest.mark.parametrize("lengths", PROMPTS.values(), ids=list(PROMPTS))

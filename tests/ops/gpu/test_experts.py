@@ -180,7 +180,7 @@ def test_products_of_any_number_of_tokens(
         check(x_th, weights, routing, assert_close, parts=tokens <= 64)
 
 
-@pytest.mark.parametrize("hidden", [2048, 2056])
+@pytest.mark.parametrize("hidden", [2048, 2880, 2888])
 def test_programs_of_pairs_suit_the_number_of_input_features(
     hidden: int, device: torch.device, assert_close: Close
 ) -> None:

@@ -239,11 +239,13 @@ def _single(
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel for single queries, and its options, for groups of heads of a padded size.
 
+    A single query whose heads have keys of their own takes that for groups too: it leaves multiprocessors idle in any
+    case, and matrix units compute a split of 64 keys at once.
     `wide`: queries are in fp32; `narrow`: caches are in 8 bits; `run`: that of a fixed order.
     """
     if run is not None:
         return query_group, {**_fixed(block_size, wide), "GROUP": group, "RUN": run}
-    if group == 1:
+    if group == 1 and (queries > 1 or width > _WIDEST_ALONE or wide or narrow):
         lanes, stages, warps = _cut(queries, narrow)
         return one_query, {"BLOCK_N": lanes, "STAGES": stages, "num_warps": warps}
     rows = group_rows(group)
@@ -258,6 +260,10 @@ def _single(
         "num_stages": stages,
         "num_warps": warps,
     }
+
+
+_WIDEST_ALONE = 128
+"""Head size up to which that was measured: docs/performance.md."""
 
 
 def _product(keys: int, block_size: int, wide: bool) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def _down(
     tl.store(out + tl.program_id(0).to(tl.int64) * H + n, value.to(out.dtype.element_ty), n < H)
 
 
-_GATE_UP = ((2048, 2, 1), (float("inf"), 8, 4))
+_GATE_UP = ((2880, 2, 1), (float("inf"), 8, 4))
 """By the most input features: output features of a program, of each half, and its warps. So few input features are all
 under way at once in the registers of a warp. Measured: docs/performance.md."""
 _DOWN_ROWS, _DOWN_WARPS = 1, 1

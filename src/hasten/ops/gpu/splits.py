@@ -2,7 +2,8 @@
 
 Where every query head has keys of its own, a program is for one head and computes without matrix units: what it reads
 is read by no other. Where a group of heads has the same keys, a program is for the group, whose heads are the rows of
-a matrix product, so that keys are read once and not once per head.
+a matrix product, so that keys are read once and not once per head. That is quicker for the heads of a single query
+too, each a group of its own, since its programs are few.
 """
 
 import triton
