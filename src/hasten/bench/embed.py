@@ -80,8 +80,8 @@ class HastenEmbedder:
         start = clock(self._llm.device)
         outputs = self._llm.embed(prompts, pooling_params=_PARAMS, use_tqdm=False)
         # as numbers of an array: Python's would take longer than the engine does, and others are not asked for them
-        rows = b"".join(output.outputs.tobytes() for output in outputs)
-        vectors = torch.frombuffer(bytearray(rows), dtype=torch.float32).view(len(outputs), -1)
+        rows = bytearray().join(output.outputs.tobytes() for output in outputs)
+        vectors = torch.frombuffer(rows, dtype=torch.float32).view(len(outputs), -1)
         return vectors, clock(self._llm.device) - start
 
 
