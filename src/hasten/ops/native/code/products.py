@@ -133,7 +133,7 @@ def _loop(rows: int, *, fetches_next: bool = False) -> Any:
 
 
 _eight_and_next = _loop(8, fetches_next=True)
-_loop1, _loop2, _loop3, _loop4, _loop6, _loop8 = map(_loop, (1, 2, 3, 4, 6, 8))
+_loop1, _loop2, _loop3, _loop4, _loop5, _loop6, _loop7, _loop8 = map(_loop, range(1, _ROWS + 1))
 _tile = stack(4 * _ROWS * _WIDTH)
 _line = stack(4 * _WIDTH)
 _other_line = stack(4 * _WIDTH)
@@ -145,10 +145,16 @@ def multiply(x, stride, panel, inputs, tile, left):
     if left >= 8:
         _loop8(x, stride, panel, inputs, tile)
         return 8
-    if left >= 6:
+    if left == 7:
+        _loop7(x, stride, panel, inputs, tile)
+        return 7
+    if left == 6:
         _loop6(x, stride, panel, inputs, tile)
         return 6
-    if left >= 4:
+    if left == 5:
+        _loop5(x, stride, panel, inputs, tile)
+        return 5
+    if left == 4:
         _loop4(x, stride, panel, inputs, tile)
         return 4
     if left == 3:
