@@ -21,7 +21,7 @@ others are captured when there is time (`deferred.py`); until then a step takes 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -42,7 +42,7 @@ _FIRST_APART = 8
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step leaves on the device."""
+    """What a step leaves on the device, in memory that the next step may overwrite."""
 
     hidden: Tensor
     """[r, h]"""
@@ -50,10 +50,6 @@ class StepOutput:
     """[r, v / ranks]: this rank's shard of the logits."""
     tokens: Tensor | None = None
     """[r]: the most probable tokens, int32, on every rank."""
-
-    def copied(self) -> "StepOutput":
-        """With tokens that no later step changes; the rest is read before the next step."""
-        return replace(self, tokens=None if self.tokens is None else self.tokens.clone())
 
     def first(self, count: int) -> "StepOutput":
         """Without padding."""

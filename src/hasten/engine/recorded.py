@@ -94,7 +94,7 @@ class RecordedSteps:
         else:
             recorded.recording.run()
             output = recorded.output
-        return output.copied() if count == sequences else self._of_last(output, message.counts)
+        return output if count == sequences else self._of_last(output, message.counts)
 
     def _of_last(self, output: StepOutput, counts: list[int]) -> StepOutput:
         """What a step leaves of each sequence's last token; of all in a stage that makes no logits of them."""

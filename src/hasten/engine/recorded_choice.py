@@ -5,16 +5,17 @@ computes a part of a choice, those of its batch are computed op by op.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from operator import is_
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten import ops
 from hasten.engine.beam_choice import BeamLayout
 from hasten.engine.history import CountedRows
+from hasten.ops.plan import Integers
 
 if TYPE_CHECKING:
     from hasten.ops.native.record import Recording
@@ -39,37 +40,56 @@ class ChoiceStep(NamedTuple):
     states: ops.BeamStates
 
 
-@dataclass(frozen=True)
 class Chosen:
     """What a choice leaves on its device."""
 
-    tokens_r: Tensor
-    logprobs_rw: Tensor | None = None
-    """Of the rows that ask for log-probabilities, as `ops.packed_logprobs` has them."""
-    beams: ops.BeamChoice | None = None
+    def __init__(
+        self, tokens_r: Tensor, logprobs_rw: Tensor | None = None, beams: ops.BeamChoice | None = None
+    ) -> None:
+        """`logprobs_rw`: of the rows that ask for log-probabilities, as `ops.packed_logprobs` has them."""
+        self.tokens_r, self.logprobs_rw, self.beams = tokens_r, logprobs_rw, beams
+        self._copy: ops.HostCopy | None = None
+        self._rows: NDArray[np.void] | None = None
 
-    @cached_property
     def copy(self) -> ops.HostCopy:
         """All of it on its way to the host: the tokens, what there is of beams, and of log-probabilities.
 
-        What is on the host already, a later choice by the same recording overwrites there.
+        Where it is on the host already, it stays where it is, and a later choice may leave other numbers there.
         """
-        beams = () if self.beams is None else self.beams
-        return ops.HostCopy([self.tokens_r, *beams, *(() if self.logprobs_rw is None else (self.logprobs_rw,))])
+        if self._copy is None or self._copy.is_under_way:
+            beams = () if self.beams is None else self.beams
+            logprobs = () if self.logprobs_rw is None else (self.logprobs_rw,)
+            self._copy, self._rows = ops.HostCopy([self.tokens_r, *beams, *logprobs]), None
+        return self._copy
+
+    def packed_rows(self) -> list[bytes]:
+        """The rows of `logprobs_rw`, once the copy is there."""
+        if self._rows is None:
+            assert self._copy is not None, "it was copied before"
+            self._rows = as_rows(self._copy.arrays()[-1])
+        return self._rows.tolist()
+
+
+def as_rows(packed_rw: Integers) -> NDArray[np.void]:
+    """The same memory with an entry for each row, which as a Python object is bytes."""
+    return packed_rw.view(f"V{4 * packed_rw.shape[1]}")[:, 0]
 
 
 class _Read(NamedTuple):
     """What a choice reads."""
 
-    logits_rv: Tensor
-    others: tuple[object, ...]
+    step: ChoiceStep
+    masks: Masks | None
 
     def is_same(self, other: "_Read") -> bool:
         """Whether another choice reads the same memory.
 
         Where the step is a recording, its logits come in the same memory each time.
         """
-        return all(map(is_, self.others, other.others)) and _are_same(self.logits_rv, other.logits_rv)
+        if self.masks is not other.masks or self.step is other.step:
+            return self.masks is other.masks
+        (logits_rv, *own), (other_rv, *others) = self.step, other.step
+        return all(map(is_, own, others)) and _are_same(logits_rv, other_rv)
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:
@@ -89,7 +109,7 @@ class RecordedChoice:
 
     def choose(self, step: ChoiceStep, masks: Masks | None, compute: Callable[[], Chosen]) -> Chosen:
         """What `compute` chooses, which reads nothing else; the next choice may overwrite it."""
-        read = _Read(step[0], (*step[1:], masks))
+        read = _Read(step, masks)
         if self._recorded is not None and read.is_same(self._recorded[0]):
             _, recording, chosen = self._recorded
             recording.run()

@@ -3,12 +3,12 @@
 Most steps have the sequences of the step before: what does not depend on their tokens is laid out once.
 """
 
-from collections import deque
+from dataclasses import replace
 from operator import is_
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten import ops
@@ -21,6 +21,9 @@ from hasten.engine.sequence import Sequence
 from hasten.ops.plan import Integers
 from hasten.ops.transfer import host_buffer
 
+if TYPE_CHECKING:
+    from hasten.engine.sampler import PreparedChoice
+
 _CPU = torch.device("cpu")
 
 
@@ -31,7 +34,8 @@ class EditedRows:
         """By row of the logits; of sequences without edits nothing is kept."""
         self._sequences = {row: sequence for row, sequence in sequences.items() if edits[row].any}
         self._own = [edits[row] for row in self._sequences]
-        self._is_constant = all(own.is_constant for own in self._own)
+        self.is_constant = all(own.is_constant for own in self._own)
+        """Whether the edits are the same at every step."""
         self._last: tuple[list[ops.Bans], list[int], ops.LogitEdits] | None = None
 
     def __bool__(self) -> bool:
@@ -42,7 +46,7 @@ class EditedRows:
 
         `slots` of token counts, by the sequence's key; the same each time.
         """
-        if self._last is not None and self._is_constant:
+        if self._last is not None and self.is_constant:
             return self._last[2]
         sequences = self._sequences.values()
         bans = [own.bans(sequence) for own, sequence in zip(self._own, sequences, strict=True)]
@@ -123,6 +127,8 @@ class SampledBatch:
         self.logprobs = {row: each.logprobs for row, each in enumerate(params) if each.logprobs is not None}
         self.drawn = [row for row in self.single if not params[row].greedy]
         """Rows that are drawn; the others get their most probable token."""
+        self.prepared: PreparedChoice | None = None
+        """The last choice, which the sampler sets where the next one of the batch may differ in its numbers alone."""
         self._next_lengths: list[int] = []
         """Of all sequences at the next step, if each gets one token until then."""
         self.counted: CountedRows | None = None
@@ -137,6 +143,11 @@ class SampledBatch:
         """Whether kernels alone may compute its choices, which `recorded` then has."""
         self.recorded = RecordedChoice()
         self._leaders = [each.beams.leader for each in self.beams.values() if each.beams is not None]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether its choices differ in points, counts and masks alone, all of which stay where they are."""
+        return self.can_record and not self.beams and self.edited.is_constant
 
     @property
     def successors(self) -> list[Sequence]:
@@ -178,18 +189,22 @@ class _Draws:
             point=[0.0] * len(params),
             device=_CPU,
         )
-        self._column: NDArray[np.float64] = self._draws.packed_r5.numpy()[:, 4]
+        # the points of all rows side by side
+        self._draws = replace(self._draws, packed_r5=self._draws.packed_r5.t().contiguous().t())
+        self._now = self._draws.packed_r5.t()[4].numpy().data.cast("B").cast("d")
         self._seeds = seeds_of([sequence.seed for sequence in sequences])
-        self._points: deque[NDArray[np.float64]] = deque()
-        """Of this step and later ones."""
+        self._points = memoryview(b"").cast("d")
+        """Of steps after the last one."""
 
     def next(self, device: torch.device, *, is_next: bool) -> ops.Draws:
         """With the points of the sequences' next tokens; `is_next`: each has got one since the last call."""
         if not is_next or not self._points:
             lengths = [len(each.token_ids) + each.pending - each.prompt_len for each in self._sequences]
-            self._points = deque(uniforms(self._seeds, np.array(lengths) + np.arange(_STEPS)[:, np.newaxis]))
-        self._column[:] = self._points.popleft()
+            points = uniforms(self._seeds, np.array(lengths) + np.arange(_STEPS)[:, np.newaxis])
+            self._points = points.ravel().data.cast("B").cast("d")
+        # views of memory, as numpy would take several times as long to copy so few numbers
+        self._now[:], self._points = self._points[: len(self._now)], self._points[len(self._now) :]
         if device.type == "cpu":
             return self._draws
-        packed_r5 = self._draws.packed_r5.numpy().copy()
+        packed_r5 = np.array(self._draws.packed_r5.numpy(), order="C")
         return ops.Draws(ops.to_device(packed_r5, torch.float64, device), self._draws.filters)

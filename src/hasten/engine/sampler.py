@@ -17,11 +17,11 @@ from hasten.engine.beam import BeamStep
 from hasten.engine.beam_choice import BeamLayout, BeamRecords, beam_steps
 from hasten.engine.edits import RowEdits
 from hasten.engine.history import CountedRows, TokenHistory
-from hasten.engine.recorded_choice import ChoiceStep, Chosen, Masks
+from hasten.engine.recorded_choice import ChoiceStep, Chosen, Masks, as_rows
 from hasten.engine.sampled_batch import SampledBatch
 from hasten.engine.sequence import Sequence
-from hasten.ops.plan import Integers
 
+_CPU = torch.device("cpu")
 _NOT_FINITE = "the model's logits are not finite: its values overflow this data type; compute in bf16 or fp32"
 _NOTHING_ALLOWED = (
     "no token may come next: what the request bans or allows (bad_words, bad_words_ids, min_tokens, "
@@ -58,7 +58,7 @@ class Choice:
         self._logprobs = logprobs or {}
         self._sequences = sequences or []
         """Those of the rows, where a request may have excluded tokens."""
-        self._copy = chosen.copy
+        self._copy = chosen.copy()
         # on a CPU the tokens are there, in memory that the next choice may overwrite
         self._sampled = None if self._copy.is_under_way else self._collected()
 
@@ -78,21 +78,28 @@ class Choice:
     def _collected(self) -> list[Sampled]:
         tokens_r, *others = self._copy.arrays()
         tokens: list[int] = tokens_r.tolist()
+        sampled = list(map(Sampled, tokens, self._tops(len(tokens)))) if self._logprobs else list(map(Sampled, tokens))
         if min(tokens, default=0) < 0:
-            sampled = [Sampled(token) if token >= 0 else self._none(row, token) for row, token in enumerate(tokens)]
-        else:
-            sampled = list(map(Sampled, tokens))
-        if self._logprobs:
-            rows = _rows(list(self._logprobs.values()), others.pop())
-            for row, top in zip(self._logprobs, rows, strict=True):
-                if tokens[row] >= 0:
-                    sampled[row].top = top
+            sampled = [
+                each if each.token_id >= 0 else self._none(row, each.token_id) for row, each in enumerate(sampled)
+            ]
         if self._layout is not None and self._chosen.beams is not None:
-            for row, step in beam_steps(self._layout.by_row, others).items():
+            arrays = others[: len(self._chosen.beams)]
+            for row, step in beam_steps(self._layout.by_row, arrays).items():
                 sampled[row].beams = step
                 if step.best.logprobs[0] == -math.inf and sampled[row].error is None:
                     sampled[row] = self._none(row, ops.NONE_LEFT)
         return sampled
+
+    def _tops(self, rows: int) -> list[bytes | None]:
+        """What each row has of log-probabilities."""
+        found = _cut(self._chosen.packed_rows(), list(self._logprobs.values()))
+        if len(found) == rows:
+            return [*found]
+        tops: list[bytes | None] = [None] * rows
+        for row, top in zip(self._logprobs, found, strict=True):
+            tops[row] = top
+        return tops
 
     def seconds_after(self, earlier: "Choice") -> float | None:
         """Seconds on the device between the ends of an earlier choice and this one, both collected; None on a CPU."""
@@ -128,19 +135,44 @@ class Sampler:
         `chosen_r` are the tokens that the previous step chose, at the sequences' `pending_row`; needed where any
         sequence has a pending token. The logits are this choice's: they may be changed.
         """
-        batch, device = self._batch, logits_rv.device
+        batch = self._batch
         if batch is None or batch.sequences != sequences:
-            batch = self._batch = SampledBatch(sequences, [self._own(sequence) for sequence in sequences], device)
-        is_next, successors = batch.note_step(), batch.successors
+            edits = [self._own(sequence) for sequence in sequences]
+            batch = self._batch = SampledBatch(sequences, edits, logits_rv.device)
+        chosen_r = self._none_chosen if chosen_r is None else chosen_r
+        is_next = batch.note_step()
+        prepared = self._again(batch, logits_rv, chosen_r) if is_next and batch.prepared is not None else None
+        if prepared is None:
+            prepared = PreparedChoice(self._laid_out(batch, logits_rv, chosen_r, is_next=is_next), batch)
+            batch.prepared = prepared if batch.is_constant else None
+        if batch.has_penalties:
+            self._history.record()
+        return prepared
+
+    def _again(self, batch: SampledBatch, logits_rv: Tensor, chosen_r: Tensor) -> "PreparedChoice | None":
+        """The last choice with the numbers of the next one, where those are all that changes."""
+        last = batch.prepared
+        assert last is not None
+        if last.step.logits_rv is not logits_rv or last.step.chosen_r is not chosen_r:
+            return None
+        if last.step.counted is not None:
+            self._history.follow_up(last.step.counted, is_next=True)
+        if last.step.counts is not self._history.counts:
+            return None
+        batch.draws(_CPU, is_next=True)
+        return last
+
+    def _laid_out(self, batch: SampledBatch, logits_rv: Tensor, chosen_r: Tensor, *, is_next: bool) -> ChoiceStep:
+        device, successors = logits_rv.device, batch.successors
         layout = self._records.layout(batch.sequences, successors, device) if batch.beams else None
         counted = self._counted(batch, successors, layout, is_next=is_next)
         history = self._history
         edits, beam_edits = (
             rows.edits(history.slots, device) if rows else None for rows in (batch.edited, batch.edited_beams)
         )
-        step = ChoiceStep(
+        return ChoiceStep(
             logits_rv=logits_rv,
-            chosen_r=self._none_chosen if chosen_r is None else chosen_r,
+            chosen_r=chosen_r,
             draws=batch.draws(device, is_next=is_next),
             edits=edits,
             beam_edits=beam_edits,
@@ -150,9 +182,6 @@ class Sampler:
             layout=layout,
             states=self._records.states,
         )
-        if counted is not None:
-            history.record()
-        return PreparedChoice(step, batch)
 
     def _own(self, sequence: Sequence) -> RowEdits:
         own = self._edits.get(sequence.key)
@@ -185,12 +214,12 @@ class PreparedChoice:
     """
 
     def __init__(self, step: ChoiceStep, batch: SampledBatch) -> None:
-        self._step, self._batch = step, batch
+        self.step, self._batch = step, batch
         self._begun = None if batch.can_record else self._begin()
 
     def choose(self) -> Choice:
         """Choose the tokens. The sequences' grammars must have accepted all tokens before."""
-        step, batch = self._step, self._batch
+        step, batch = self.step, self._batch
         masks = batch.masked.masks(step.logits_rv)
         if self._begun is not None:
             chosen = self._chosen(*self._begun, masks)
@@ -200,7 +229,7 @@ class PreparedChoice:
 
     def _begin(self) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The edited logits, and of beams the most probable tokens and their log-probabilities."""
-        step, batch = self._step, self._batch
+        step, batch = self.step, self._batch
         logits_rv = edited_rv = step.logits_rv
         if step.edits is not None:
             is_free = not batch.logprobs and logits_rv.dtype == torch.float32 and logits_rv.is_contiguous()
@@ -211,7 +240,7 @@ class PreparedChoice:
 
     def _candidates(self, layout: BeamLayout) -> tuple[Tensor, Tensor]:
         """What may follow each beam. All that changes logits acts on log-probabilities, as in transformers."""
-        step, batch, count = self._step, self._batch, layout.searches.max_keep
+        step, batch, count = self.step, self._batch, layout.searches.max_keep
         (own_rv,) = _selected(batch.beam_rows, step.logits_rv)
         forced = batch.has_forced and any(beam.forced_next for beam in batch.beams.values())
         if not forced and step.beam_masks is None and step.beam_edits is None:
@@ -230,7 +259,7 @@ class PreparedChoice:
         return values_rk.contiguous(), ids_rk.contiguous()
 
     def _chosen(self, edited_rv: Tensor, candidates: tuple[Tensor, Tensor] | None, masks: Masks | None) -> Chosen:
-        step, batch = self._step, self._batch
+        step, batch = self.step, self._batch
         tokens_r = self._tokens(edited_rv if masks is None else ops.mask_logits(edited_rv, *masks))
         beams, logprobs_rw = None, None
         if step.layout is not None and candidates is not None:
@@ -249,14 +278,14 @@ class PreparedChoice:
 
     def _tokens(self, logits_rv: Tensor) -> Tensor:
         """The next token of each row, drawn or the most probable one."""
-        if self._step.draws is None:
+        if self.step.draws is None:
             return ops.greedy(logits_rv)
         drawn = self._batch.drawn
         if len(drawn) == logits_rv.shape[0]:
-            return ops.draw(logits_rv, self._step.draws)
+            return ops.draw(logits_rv, self.step.draws)
         tokens_r = ops.greedy(logits_rv)
         rows = ops.to_device(drawn, torch.int64, logits_rv.device)
-        return tokens_r.index_copy_(0, rows, ops.draw(logits_rv.index_select(0, rows), self._step.draws))
+        return tokens_r.index_copy_(0, rows, ops.draw(logits_rv.index_select(0, rows), self.step.draws))
 
 
 def _forced(logits_rv: Tensor, sequences: dict[int, Sequence]) -> Tensor:
@@ -294,16 +323,14 @@ def draw_every_way(logits_rv: Tensor) -> None:
         ops.draw(logits_rv, draws)
 
 
-def _rows(counts: list[int], packed_rw: Integers) -> list[bytes]:
-    """The rows of `ops.packed_logprobs` as bytes, each with no more than its `counts` most probable tokens."""
-    words = packed_rw.shape[1]
-    rows: list[bytes] = packed_rw.view(f"V{4 * words}")[:, 0].tolist()
-    most = (words - 3) // 2
-    if min(counts) < most:
-        ids = 4 * (3 + most)
-        sizes = [4 * min(count, most) for count in counts]
-        rows = [row[: 12 + size] + row[ids : ids + size] for row, size in zip(rows, sizes, strict=True)]
-    return rows
+def _cut(rows: list[bytes], counts: list[int]) -> list[bytes]:
+    """Rows of `ops.packed_logprobs`, each with no more than its `counts` most probable tokens."""
+    most = (len(rows[0]) // 4 - 3) // 2
+    if min(counts) >= most:
+        return rows
+    ids = 4 * (3 + most)
+    sizes = [4 * min(count, most) for count in counts]
+    return [row[: 12 + size] + row[ids : ids + size] for row, size in zip(rows, sizes, strict=True)]
 
 
 class PromptLogprobs:
@@ -335,7 +362,7 @@ class PromptLogprobs:
         """
         found: list[bytes] = []
         for piece, copy in self._pieces:
-            found += _rows(self._counts[piece], copy.arrays()[0])
+            found += _cut(as_rows(copy.arrays()[0]).tolist(), self._counts[piece])
         begin = 0
         for sequence, first, rows in self._runs:
             yield sequence, first, found[begin : begin + min(len(rows), sequence.prompt_len - 1 - first)]

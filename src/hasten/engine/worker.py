@@ -163,6 +163,7 @@ class Worker:
     def reset(self) -> None:
         """Forget all sequences, in whatever state they are."""
         self._sampler = Sampler(self.model_config.eos_token_ids, self.device)
+        self._last_greedy: Chosen | None = None
         self._tables = TableRows(self.scheduler_config.max_num_seqs * (1 if self.model_config.encoder is None else 2))
 
     def forget(self, key: int) -> None:
@@ -273,7 +274,7 @@ class Worker:
         rows = message.sampled_rows
         if message.greedy:
             tokens = self.runner.greedy(hidden_th, rows)
-            choice = Choice(Chosen(tokens)) if self.ranks.world.rank == 0 else None
+            choice = Choice(self._greedy(tokens)) if self.ranks.world.rank == 0 else None
             if self.overlap:
                 self.runner.remember(message, tokens.unsqueeze(0))
             return lambda: choice
@@ -288,6 +289,12 @@ class Worker:
             return choice
 
         return choose
+
+    def _greedy(self, tokens_r: Tensor) -> Chosen:
+        """The most probable tokens as a choice: that of the last step where they are in the same tensor."""
+        if self._last_greedy is None or self._last_greedy.tokens_r is not tokens_r:
+            self._last_greedy = Chosen(tokens_r)
+        return self._last_greedy
 
     def _remember(self, message: StepMessage, choice: Choice | None) -> None:
         """Keep what rank 0 chose, on every rank's device, where later steps are to read it."""

@@ -14,7 +14,7 @@ from hasten.ops.native.launch import Kernel, empty, launch, recordings
 
 MOST_COUNTED = 64
 """Greatest numbers up to which they are kept in order while a row is read."""
-_draw = Kernel("draw", "9q")
+_draw = Kernel("draw", "11q")
 _logprobs = Kernel("logprobs", "13q")
 _largest = Kernel("largest", "7q")
 _log_softmax = Kernel("log_softmax", "5q")
@@ -49,7 +49,9 @@ def draw(logits_rv: Tensor, draws: Draws) -> Tensor:
     threads = min(rows, max(torch.get_num_threads(), _most_threads))
     scratch = _scratch.take(4 * size * threads)
     x = (rows, width, logits_rv, logits_rv.stride(0))
-    launch(_draw, 64 * rows * width, *x, draws.packed_r5, scratch, size, threads, tokens_r)
+    row_step, step = draws.packed_r5.stride()
+    parameters = (draws.packed_r5, row_step, step)
+    launch(_draw, 64 * rows * width, *x, *parameters, scratch, size, threads, tokens_r)
     return tokens_r
 
 

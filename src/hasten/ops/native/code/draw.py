@@ -169,24 +169,27 @@ def _inverted(probs, width, floor, point, sums):
 
 @kernel
 def _draw(p, thread, threads):
-    """Tokens [r] of rows [r, v], by parameters [r, 5]; scratch: twice a row of fp64 for each of the first threads."""
+    """Tokens [r] of rows [r, v], by parameters [r, 5]; scratch: twice a row of fp64 for each of the first threads.
+
+    The parameters of rows, and those of one row, stand any number of bytes apart.
+    """
     rows, width, x, stride = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
-    parameters, scratch, size, first = load_i64(p + 32), load_i64(p + 40), load_i64(p + 48), load_i64(p + 56)
-    out = load_i64(p + 64)
+    parameters, row_step, step = load_i64(p + 32), 8 * load_i64(p + 40), 8 * load_i64(p + 48)
+    scratch, size, first, out = load_i64(p + 56), load_i64(p + 64), load_i64(p + 72), load_i64(p + 80)
     probs = scratch + 16 * size * thread
     found = probs + 8 * size
     threads = min(threads, first)
     for r in range(rows * thread // threads, min(rows, rows * (thread + 1) // threads)):
-        row, own = x + r * stride, parameters + 40 * r
+        row, own = x + r * stride, parameters + row_step * r
         most = _most(row, width)
         if most == -np.inf:
             token = np.int64(_NONE_LEFT)
         elif most != most or most == np.inf:
             token = np.int64(-1)
         else:
-            top_k, top_p, floor = np.int64(load_f64(own + 8)), load_f64(own + 16), load_f64(own + 24)
+            top_k, top_p, floor = np.int64(load_f64(own + step)), load_f64(own + 2 * step), load_f64(own + 3 * step)
             total = _exponentials(row, width, load_f64(own), most, probs)
             if 0 < top_k < width or top_p < 1:
                 floor = _floor(probs, width, total, top_k, top_p, floor, found)
-            token = np.int64(_inverted(probs, width, floor, load_f64(own + 32), found))
+            token = np.int64(_inverted(probs, width, floor, load_f64(own + 4 * step), found))
         store_i32(out + 4 * r, np.int32(token))
