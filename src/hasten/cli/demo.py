@@ -195,6 +195,6 @@ def _show(found: Comparison, *, convert_seconds: float, all_seconds: float) -> N
             ("generate calls, seconds", f"{found.hf_seconds:.2f}", f"{found.seconds:.2f}"),
             ("speedup", "1", f"{found.speedup:.2f}"),
             ("samples whose answers differ", "", f"{found.differing} of {found.total}"),
-            ("the whole demo, seconds", "", f"{all_seconds:.0f}"),
+            ("all steps so far, seconds", "", f"{all_seconds:.0f}"),
         ],
     )
