@@ -8,6 +8,7 @@ import pytest
 
 from hasten.core.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 from hasten.engine.llm import LLM
+from hasten.engine.request_state import RequestState
 from hasten.server.engine import process
 from hasten.server.engine.coalescer import Deltas, OutputCoalescer, pause_per_cpu_second
 from hasten.server.engine.process import EngineLoop
@@ -142,19 +143,44 @@ def test_first_and_last_tokens_do_not_wait_for_the_others() -> None:
         return {output.id: output.completions[0].token_ids for output in coalescer.take(everything=everything)}
 
     coalescer = OutputCoalescer()
+
+    def put(number: int, count: int, *, finished: bool = False) -> None:
+        coalescer.put(number, lambda: grown(number, count, finished=finished), finished=finished)
+
     for number in (1, 2, 3, 4):
         coalescer.begin(number, stream=True)
-        coalescer.put(grown(number, 1))
+        put(number, 1)
     assert taken(everything=False) == {1: [0], 2: [0], 3: [0], 4: [0]}
     assert taken(everything=True) == {}
     for number in (1, 2, 3):
-        coalescer.put(grown(number, 2))
-    coalescer.put(grown(1, 3))
-    coalescer.put(grown(2, 3, finished=True))
+        put(number, 2)
+    put(1, 3)
+    put(2, 3, finished=True)
     assert taken(everything=False) == {2: [1, 2]}
     coalescer.forget(3)
     assert taken(everything=True) == {1: [1, 2]}
     assert taken(everything=True) == {}
+
+
+def test_text_is_made_when_it_is_sent(demo_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, original = [], RequestState.shown
+
+    def counted(state: RequestState) -> RequestOutput:
+        shown.append(state.request.request_id)
+        return original(state)
+
+    monkeypatch.setattr(RequestState, "shown", counted)
+    quick = served(demo_llm, 2, lambda _: True, OutputCoalescer())
+    assert len(shown) == 2 * 16
+    shown.clear()
+    slow = served(demo_llm, 2, lambda _: False, OutputCoalescer())
+    assert len(shown) == 2 * 2
+    assert [texts(slow, number) for number in range(2)] == [texts(quick, number) for number in range(2)]
+
+
+def texts(reader: Reader, number: int) -> str:
+    outputs = [output for step in reader.steps for output in step.outputs if output.id == number]
+    return "".join(delta.text for output in outputs for delta in output.completions)
 
 
 def test_deltas_add_up() -> None:

@@ -96,14 +96,18 @@ def small(number: int, count: int) -> RequestOutput:
     return RequestOutput(str(number), None, [5], [CompletionOutput(0, "", list(range(count)))])
 
 
+def put(coalescer: OutputCoalescer, output: RequestOutput) -> None:
+    coalescer.put(int(output.request_id), lambda: output, finished=output.finished)
+
+
 def test_a_large_output_delays_no_other_and_is_sent_as_fast_as_the_server_takes_it() -> None:
     coalescer = OutputCoalescer(window=2)
     coalescer.begin(1, stream=False)
     coalescer.begin(2, stream=True)
-    coalescer.put(large(1, 2000))
+    put(coalescer, large(1, 2000))
     tokens, messages = 0, 0
     for count in range(1, 100):
-        coalescer.put(small(2, count))
+        put(coalescer, small(2, count))
         outputs = coalescer.take(everything=True)
         coalescer.sent()
         assert sum(map(cost, outputs)) <= MAX_COST
@@ -127,7 +131,7 @@ def test_a_request_that_is_forgotten_is_sent_no_further() -> None:
     coalescer = OutputCoalescer(window=100)
     for number in (1, 2):
         coalescer.begin(number, stream=False)
-        coalescer.put(large(number, 2000))
+        put(coalescer, large(number, 2000))
     assert {output.id for output in coalescer.take(everything=True)} == {1}
     coalescer.forget(1)
     assert {output.id for output in coalescer.take(everything=True)} == {2}
@@ -137,7 +141,7 @@ def test_many_small_outputs_at_once_are_several_messages() -> None:
     coalescer = OutputCoalescer(window=100)
     for number in range(30):
         coalescer.begin(number, stream=False)
-        coalescer.put(large(number, 100))  # each costs 20,100
+        put(coalescer, large(number, 100))  # each costs 20,100
     found: list[int] = []
     while not found or coalescer.goes_on:
         outputs = coalescer.take(everything=True)

@@ -55,10 +55,15 @@ class Detokenizer:
         alone.decoder = self._fast.decoder
         return _types(json.loads(alone.to_str())["decoder"])
 
-    @property
-    def is_byte_level(self) -> bool:
-        """Whether the text is the bytes of the tokens, one after the other, and nothing else."""
-        return self._kinds == ["ByteLevel"]
+    def token_bytes(self, *, skip_special_tokens: bool) -> "TokenBytes | None":
+        """What each token adds to the bytes of a text; None where text is not those, one after the other."""
+        return self._token_bytes[skip_special_tokens]
+
+    @cached_property
+    def _token_bytes(self) -> "dict[bool, TokenBytes | None]":
+        if self._kinds != ["ByteLevel"]:
+            return dict.fromkeys((False, True))
+        return {skip: TokenBytes(self, skip_special_tokens=skip) for skip in (False, True)}
 
     @property
     def has_open_characters(self) -> bool:
@@ -152,7 +157,9 @@ class TokenStream:
     def __init__(self, detokenizer: Detokenizer, *, skip_special_tokens: bool, continues: bool = False) -> None:
         self._detokenizer = detokenizer
         self._skip = skip_special_tokens
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if detokenizer.is_byte_level else None
+        self._bytes = detokenizer.token_bytes(skip_special_tokens=skip_special_tokens)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        """Of the bytes, where text is nothing else."""
         self._lead = detokenizer.anchor if continues else []
         self._window: list[int] = []
         """The last token with text, and those after it."""
@@ -162,11 +169,11 @@ class TokenStream:
 
     def add(self, token_id: int) -> str:
         """The text that this token adds for certain."""
+        if self._bytes is not None:
+            return self._decoder.decode(self._bytes[token_id])
         content = self._detokenizer.content(token_id)
         if content is None or (self._skip and content in self._detokenizer.special):
             return ""  # as if it were not there: bytes around it belong together
-        if self._bytes is not None:
-            return self._bytes.decode(_raw_bytes(content))
         self._window.append(token_id)
         byte = self._detokenizer.fallback_byte(token_id)
         if byte is not None:
@@ -191,7 +198,7 @@ class TokenStream:
     def flush(self) -> str:
         """What is held back, as it is decoded where no further token comes."""
         if self._bytes is not None:
-            return self._bytes.decode(b"", final=True)
+            return self._decoder.decode(b"", final=True)
         return self._decode()[self._given :]
 
     def _add_byte(self, byte: int) -> None:

@@ -286,6 +286,13 @@ class Engine:
         An output that is not finished grows with further steps: whoever keeps one copies it.
         With overlapped steps they are those of the batch before.
         """
+        return [state.shown() for state in self.advance()]
+
+    def advance(self) -> list[State]:
+        """Compute one batch, as `step` does, and return the requests: their `shown()` has what there is when called.
+
+        Text is made of their tokens there, so that whoever shows several tokens at once has it made at once.
+        """
         with (
             self._change(),
             self._closing_on_errors("a step"),
@@ -392,7 +399,7 @@ class Engine:
         """Why nothing more is computed; None while the engine is open."""
         return self._closed_because
 
-    def _step(self) -> list[Output]:
+    def _step(self) -> list[State]:
         touched: dict[str, State] = {}
         while len(self._flights) >= self._stages and self._flights[0].blocks_next:
             self._collect(touched)
@@ -405,7 +412,7 @@ class Engine:
         while len(self._flights) > (self._stages if self.worker.overlap else self._stages - 1):
             self._collect(touched)
         self._forget_flights_of_none()
-        return [state.shown() for state in touched.values() if state.stream or state.unfinished == 0]
+        return [state for state in touched.values() if state.stream or state.unfinished == 0]
 
     def _launch(self, batch: Batch, limit: int | None, touched: dict[str, State]) -> None:
         step, before = self._pacer.begin(batch, limit), self._flights[-1] if self._flights else None

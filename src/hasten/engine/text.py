@@ -265,7 +265,7 @@ class Tokenizer:
 
     def token_bytes(self, *, skip_special_tokens: bool) -> TokenBytes | None:
         """What each token adds to the bytes of a text; None where text is made otherwise."""
-        return None if self._cleans_up else self._token_bytes[skip_special_tokens]
+        return None if self._cleans_up else self._detokenizer.token_bytes(skip_special_tokens=skip_special_tokens)
 
     def completing_tokens(self, words: tuple[str, ...], *, skip_special_tokens: bool) -> CompletingTokens:
         """Which tokens may be the last ones of any of these words; for who has `token_bytes`."""
@@ -276,15 +276,9 @@ class Tokenizer:
         return lru_cache(_MOST_COMPLETING)(self._new_completing_tokens)
 
     def _new_completing_tokens(self, words: tuple[str, ...], skip_special_tokens: bool) -> CompletingTokens:
-        token_bytes = self._token_bytes[skip_special_tokens]
+        token_bytes = self._detokenizer.token_bytes(skip_special_tokens=skip_special_tokens)
         assert token_bytes is not None
         return CompletingTokens([word.encode(errors="replace") for word in words], token_bytes)
-
-    @cached_property
-    def _token_bytes(self) -> dict[bool, TokenBytes | None]:
-        if not self._detokenizer.is_byte_level:
-            return dict.fromkeys((False, True))
-        return {skip: TokenBytes(self._detokenizer, skip_special_tokens=skip) for skip in (False, True)}
 
     def words_ids(self, word: str) -> list[list[int]]:
         """The runs of tokens that `word` may appear as: as it is and after a space, in a text and at its start."""

@@ -7,7 +7,7 @@ itself, and one that does not gets as much as it can send. The first and the las
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -114,7 +114,8 @@ class OutputCoalescer:
         """Messages that the server may be behind before outputs are joined."""
         self._deltas: dict[int, Deltas] = {}
         self._streams: set[int] = set()
-        self._outputs: dict[int, EngineOutput] = {}
+        self._news: dict[int, tuple[Callable[[], EngineOutput], bool]] = {}
+        """What gives the output of a request, and whether it is finished."""
         self._rest: deque[Output] = deque()
         """Outputs, or pieces of them, that did not fit the messages before."""
         self._in_flight = 0
@@ -132,13 +133,13 @@ class OutputCoalescer:
         """Drop a request that nobody reads any more."""
         self._deltas.pop(number, None)
         self._streams.discard(number)
-        self._outputs.pop(number, None)
+        self._news.pop(number, None)
         if self._rest:
             self._rest = deque(output for output in self._rest if output.id != number)
 
-    def put(self, output: EngineOutput) -> None:
-        """Take in the output of a request: all of it so far."""
-        self._outputs[int(output.request_id)] = output
+    def put(self, number: int, shown: Callable[[], EngineOutput], *, finished: bool) -> None:
+        """Take in that there is more of a request; `shown` gives all of it so far, and is called when that is sent."""
+        self._news[number] = (shown, finished)
 
     def sent(self) -> None:
         """Count a message that went to the server."""
@@ -157,6 +158,11 @@ class OutputCoalescer:
         return self._in_flight < self._window and (now >= self._next_at or len(self._streams) <= 1)
 
     @property
+    def has_news(self) -> bool:
+        """Whether the server lacks anything."""
+        return bool(self._news or self._rest)
+
+    @property
     def goes_on(self) -> bool:
         """Whether a further message may have outputs that did not fit the last one."""
         return bool(self._rest) and self._in_flight < self._window
@@ -168,25 +174,25 @@ class OutputCoalescer:
         """
         taken, room = list[Output](), MAX_COST
         waiting = {output.id for output in self._rest}
-        for number in list(self._outputs):
-            if everything or self._is_urgent(number):
-                output = self._take(number)
-                size = cost(output)
-                if size <= room and number not in waiting:
-                    taken.append(output)
-                    room -= size
-                else:
-                    self._rest.extend(split(output))
+        for number in list(self._news) if everything else self._urgent():
+            output = self._take(number)
+            size = cost(output)
+            if size <= room and number not in waiting:
+                taken.append(output)
+                room -= size
+            else:
+                self._rest.extend(split(output))
         while self.goes_on and (not taken or cost(self._rest[0]) <= room):
             taken.append(self._rest.popleft())
             room -= cost(taken[-1])
         return taken
 
-    def _is_urgent(self, number: int) -> bool:
-        return self._outputs[number].finished or self._deltas[number].is_first
+    def _urgent(self) -> list[int]:
+        deltas = self._deltas
+        return [number for number, (_, finished) in self._news.items() if finished or deltas[number].is_first]
 
     def _take(self, number: int) -> Output:
-        output = self._outputs.pop(number)
+        output = self._news.pop(number)[0]()
         taken = self._deltas[number].take(number, output)
         if output.finished:
             self._deltas.pop(number)

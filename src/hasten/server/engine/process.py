@@ -92,7 +92,9 @@ class Channel:
         """The messages that have come; with `wait`, at least one unless the server is gone or `wake` was called."""
         messages: list[ToEngine] = []
         while not self.closed:
-            ready = [descriptor for descriptor, _ in self._readable.poll(None if wait and not messages else 0)]
+            ready = dict(self._readable.poll(None if wait and not messages else 0))
+            if not ready:
+                break
             if self._woken.fileno() in ready:
                 self._woken.recv(_READ_BYTES)
                 wait = False
@@ -154,7 +156,8 @@ class EngineLoop:
             idle = not self._engine.has_unfinished and not self._changed
             self._receive(wait=idle and not self._engine.prepare_next())
             self._engine.ranks.liveness.raise_failure()
-            self._admit_compiled()
+            if self._compiling:
+                self._admit_compiled()
             if self._changed and not self._channel.closed:
                 self._send()
 
@@ -237,13 +240,12 @@ class EngineLoop:
         self._began = time.monotonic()
         tally = self._engine.tally
         computed, continued = tally.computed, tally.generated - tally.first
-        for output in self._engine.step():
-            self._coalescer.put(output)
+        for state in self._engine.advance():
+            self._coalescer.put(int(state.request.request_id), state.shown, finished=state.unfinished == 0)
         self._note(tally.computed - computed, tally.generated - tally.first - continued)
-        self._started = set()
         if self._not_begun:
             self._started = self._not_begun - self._engine.waiting - set(map(str, self._compiling))
-        self._not_begun -= self._started
+            self._not_begun -= self._started
         self._changed = True
 
     def _note(self, tokens: int, continued: int) -> None:
@@ -261,9 +263,11 @@ class EngineLoop:
         """
         now = time.monotonic()
         idle = not self._engine.has_unfinished
+        events = self._started or self._refused or self._expired or self._began_compiling or self._compiled
+        if not (idle or events or self._coalescer.has_news or now - self._state_sent > _STATE_S):
+            return
         everything = idle or self._coalescer.is_due(now)
         outputs = self._coalescer.take(everything=everything)
-        events = self._started or self._refused or self._expired or self._began_compiling or self._compiled
         is_old = now - self._state_sent > (_STATE_S if everything else _HEARTBEAT_S)
         with_state = bool(idle or events or is_old or any(output.finished for output in outputs))
         if not (outputs or with_state):
