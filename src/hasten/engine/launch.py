@@ -107,16 +107,22 @@ def run_worker(config: EngineConfig) -> bool:
 
 
 def run_node(
-    config: EngineConfig, info: RankInfo, around: Callable[[], AbstractContextManager[None]] = nullcontext
+    config: EngineConfig,
+    info: RankInfo,
+    *,
+    starting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    running: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """All ranks of a host other than rank 0's, until rank 0 ends; raises the error of the first that fails.
 
-    They start once rank 0 is there; EngineError where it is not within two minutes. `around` is entered while they run.
+    They start once rank 0 is there; EngineError where it is not within two minutes. `starting` is entered before they
+    start, so that they inherit what it sets, and `running` within it, while they run.
     """
     await_host(info.address, info.port, JOIN_TIMEOUT_S)
-    with around():
+    with starting():
         children = Children(WORKER, config_to_json(config), info)
         try:
-            children.wait()
+            with running():
+                children.wait()
         finally:
             children.end()

@@ -2,8 +2,9 @@
 
 import logging
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError, RankError
@@ -23,30 +24,51 @@ def follow(options: ServeOptions) -> int:
     config = engine_of(options)
     from hasten.engine.launch import launched_rank, run_node, run_worker
 
-    info = launched_rank(config)
+    info, signals = launched_rank(config), _Signals()
     while info is not None and info.starts_node:
         try:
-            run_node(config, info, around=_ignoring_signals)
+            run_node(config, info, starting=signals.ignored, running=signals.noted)
             return 0
         except RankError as error:
+            if signals.came:
+                _log.error("%s; this host was signalled to end and does not wait for rank 0", error)
+                return 1
             _log.error("%s; waiting for rank 0 to start again", error)
-    with _ignoring_signals():
+    with signals.ignored():
         run_worker(config)
     return 0
 
 
-@contextmanager
-def _ignoring_signals() -> Iterator[None]:
-    """While ranks compute, a signal to end does nothing: whoever started them sends it to rank 0 as well.
+class _Signals:
+    """Signals to end, which whoever started the ranks sends to rank 0 as well.
 
-    Rank 0 finishes what is under way and then ends the others.
+    While ranks compute they end nothing: rank 0 finishes what is under way and then ends the others.
     """
-    before = {kind: signal.signal(kind, signal.SIG_IGN) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def __init__(self) -> None:
+        self.came = False
+        """While they were noted."""
+
+    def ignored(self) -> AbstractContextManager[None]:
+        """By this process, and by those that it starts meanwhile."""
+        return _handled_by(signal.SIG_IGN)
+
+    def noted(self) -> AbstractContextManager[None]:
+        """By this process alone."""
+        return _handled_by(self._note)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.came = True
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    before = {kind: signal.signal(kind, handler) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        for kind, earlier in before.items():
+            signal.signal(kind, earlier)
 
 
 def engine_of(options: ServeOptions) -> EngineConfig:
