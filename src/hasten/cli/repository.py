@@ -15,7 +15,7 @@ SERVERS = ("hasten", "triton")
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the subcommand `repository`."""
     parser = commands.add_parser(
-        "repository", help="create model repositories", description="Make folders of models for a server."
+        "repository", help="create model repositories", description="Create folders of models for a server."
     )
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     create = actions.add_parser(

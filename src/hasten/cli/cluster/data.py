@@ -29,7 +29,7 @@ from hasten.core.errors import NotFoundError
 
 def add_parsers(verbs: VerbParsers) -> None:
     """Add `data` and `top`."""
-    data = verbs.add_parser("data", help="create and list volumes", description="Make and list volumes.")
+    data = verbs.add_parser("data", help="create and list volumes", description="Create and list volumes.")
     data.fill = _fill_data
     top = verbs.add_parser("top", help="show who uses the GPUs", description="Show who uses the GPUs.")
     top.fill = _fill_top
@@ -45,7 +45,7 @@ def _fill_data(data: VerbParser) -> None:
     create = actions.add_parser(
         "create",
         help="create a volume",
-        description="Make a volume that jobs and servers mount with --data NAME:/PATH.",
+        description="Create a volume that jobs and servers mount with --data NAME:/PATH.",
     )
     create.add_argument("name", metavar="NAME", help="its name")
     add_dry_run(create)
