@@ -291,7 +291,7 @@ class Engine:
     def advance(self) -> list[State]:
         """Compute one batch, as `step` does, and return the requests: their `shown()` has what there is when called.
 
-        Text is made of their tokens there, so that whoever shows several tokens at once has it made at once.
+        Tokens become text there, so that whoever shows several of them at once decodes them at once.
         """
         with (
             self._change(),

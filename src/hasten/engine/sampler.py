@@ -35,7 +35,7 @@ class Sampled:
 
     token_id: int
     top: bytes | None = None
-    """The chosen token and the most probable ones, if the request asked for log-probabilities: a
+    """The chosen token and the most probable ones, if the request wants log-probabilities: a
     `LogprobRow.packed`."""
     error: str | None = None
     """Why there is no token."""

@@ -100,7 +100,7 @@ class HostCopy:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether the tensors were not on the host when it was made."""
+        """Whether the tensors were not on the host when the copy began."""
         return self._arrived is not None
 
     def wait(self) -> list[Tensor]:

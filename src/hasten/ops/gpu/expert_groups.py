@@ -296,7 +296,7 @@ def _described(cut: _Cut, weights: PackedExperts, x_th: Tensor) -> bool:
 
 
 def _rows(tensor: Tensor | None, described: bool, rows: int, blocks: dict[str, Any]) -> Any:
-    """A tensor, or a descriptor of its rows, so many of them and a block of their features at a time."""
+    """A tensor, or a descriptor that copies `rows` of its rows and a block of their features at a time."""
     if tensor is None or not described:
         return tensor
     return TensorDescriptor.from_tensor(tensor.flatten(0, -2), [rows, blocks["BLOCK_K"]])
