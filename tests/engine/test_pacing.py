@@ -305,6 +305,22 @@ def test_counters_say_what_was_predicted_and_cut() -> None:
     assert since == [2, 2, pytest.approx(measured), pytest.approx(measured, rel=0.2)]
 
 
+def test_steps_without_prompts_are_measured_now_and_then_once_they_are_known() -> None:
+    server = Server(compute_bound, target=0.02)
+    server.warm_up()
+    before = server.pacer.times.observed
+    for _ in range(80):
+        server.step()
+    assert server.pacer.times.observed == before + 10
+    server.device = lambda work: 3 * compute_bound(work)
+    for _ in range(160):
+        server.step()
+    work, _, seconds = server.times[-1]
+    assert server.pacer.times.predict(work) == pytest.approx(seconds, rel=0.1)
+    server.step(sequence("prompt", 50, 2, server.now))
+    assert server.pacer.times.observed == before + 31
+
+
 def test_a_step_is_measured_from_when_it_begins() -> None:
     scheduler = Scheduler(SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=512), BlockManager(100, 16))
     scheduler.add(sequence("a", 10, 5))

@@ -24,6 +24,9 @@ _MAX_ERROR = math.log(2)
 """Log of the largest ratio of measured to predicted time that counts: a stalled step moves the model no further."""
 _FIRST_STEPS = 8
 """Steps that count in full and with more weight, since the first one of all may have been a slow one."""
+_ALL_MEASURED, _MEASURED_ONE_IN = 64, 8
+"""Steps without prompts are all measured at first, then one in eight: their time changes slowly, and to learn from each
+would take 3% of those that take 0.4 ms."""
 _MIN_RATIO = 2.0
 """Steps may take this many times what their decodes and the first prompt tokens take, whatever the target: prompts get
 at least half of each step, and its fixed cost is spread over many tokens."""
@@ -77,12 +80,8 @@ class StepTimes:
         self._sizes = [_SMALLEST << index for index in range(count)]
         self._extra = [0.0] * count
         self._fixed = self._per_row = self._per_key = 0.0
-        self._observed = 0
-
-    @property
-    def is_known(self) -> bool:
-        """Whether any step has been measured."""
-        return self._observed > 0
+        self.observed = 0
+        """Steps that have been measured."""
 
     def predict(self, work: StepWork) -> float:
         """Seconds of a step."""
@@ -112,19 +111,19 @@ class StepTimes:
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
         seconds = max(seconds, 1e-9)
-        self._observed += 1
-        if self._observed == 1:
+        self.observed += 1
+        if self.observed == 1:
             self._begin(work, seconds)
             return
         predicted = self.predict(work)
         error = math.log(seconds / predicted)
-        if self._observed > _FIRST_STEPS:
+        if self.observed > _FIRST_STEPS:
             error = max(-_MAX_ERROR, min(_MAX_ERROR, error))
         nodes = self._nodes(work.prompt_tokens)
         terms = [self._fixed, self._per_row * work.rows, self._per_key * work.keys]
         terms += [self._extra[index] * weight for index, weight in nodes]
         # A step of gradient descent on the logs of the parameters, scaled so that the prediction moves by `_RATE`.
-        rate = max(_RATE, 1 / self._observed) * error * predicted / sum(term * term for term in terms)
+        rate = max(_RATE, 1 / self.observed) * error * predicted / sum(term * term for term in terms)
         factors = [math.exp(rate * term) for term in terms]
         self._fixed *= factors[0]
         self._per_row *= factors[1]
@@ -191,6 +190,8 @@ class Pacer:
 
     def __init__(self, target: float, max_tokens: int) -> None:
         self._target = target
+        self._decode_steps = 0
+        """Steps that computed a token of each sequence, and nothing else."""
         self.times = StepTimes(max_tokens)
         self.stats = PacingStats()
 
@@ -204,7 +205,7 @@ class Pacer:
 
         `now` and `arrived`: seconds of one clock.
         """
-        if not self.has_target or not self.times.is_known:
+        if not (self.has_target and self.times.observed):
             return None
         prompts = list(islice(scheduler.prompts(), _MOST_LOOKED_AT))
         if not prompts:
@@ -227,7 +228,13 @@ class Pacer:
 
     def begin(self, batch: Batch, limit: int | None) -> PacedStep | None:
         """The step that is about to compute `batch`, scheduled with `limit`; None if it need not be measured."""
-        return PacedStep(StepWork.of(batch), limit) if self.has_target and batch.sequences else None
+        if not (self.has_target and batch.sequences):
+            return None
+        if not batch.inputs and batch.num_tokens == len(batch.sequences):
+            self._decode_steps += 1
+            if self.times.observed >= _ALL_MEASURED and self._decode_steps % _MEASURED_ONE_IN:
+                return None
+        return PacedStep(StepWork.of(batch), limit)
 
     def _count_late(self, prompts: Iterable[Sequence], now: float) -> int:
         per_token = self.times.seconds_per_prompt_token
@@ -240,7 +247,7 @@ class Pacer:
     def observe(self, step: PacedStep, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
         work, stats = step.work, self.stats
-        if work.rows and work.prompt_tokens and self.times.is_known:
+        if work.rows and work.prompt_tokens and self.times.observed:
             stats.mixed_steps += 1
             stats.limited_steps += step.limit is not None and work.prompt_tokens >= step.limit
             stats.mixed_seconds += seconds

@@ -27,8 +27,10 @@ from hasten.server.engine.wire import CompletionDelta, FirstToken, Output, Poole
 
 EngineOutput = RequestOutput | PoolingRequestOutput[PooledOutput]
 
-_STREAMS_SHARE = 1 / 40
+_STREAMS_SHARE = 1 / 80
 """Of the cores that engine and server compete for, so much may go to writing streams; more slows down all of them."""
+_MOST_PAUSE_S = 0.1
+"""Readers see text that comes ten times a second as flowing."""
 
 
 def pause_per_cpu_second(cores: float, engine_threads: int) -> float:
@@ -148,7 +150,7 @@ class OutputCoalescer:
     def acknowledge(self, messages: int, cpu_seconds: float, now: float) -> None:
         """The server has written messages to their streams, which cost it this CPU time."""
         self._in_flight -= messages
-        self._next_at = now + cpu_seconds * self._pause_per_cpu_second
+        self._next_at = now + min(_MOST_PAUSE_S, cpu_seconds * self._pause_per_cpu_second)
 
     def is_due(self, now: float) -> bool:
         """Whether all streams may have what there is; `now` in seconds.
