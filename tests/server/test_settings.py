@@ -128,6 +128,18 @@ def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         start_log(LogSettings(LogOptions(log_file=str(tmp_path / "no" / "log"))))
 
 
+def test_a_full_disk_is_one_line_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = start_log(LogSettings(LogOptions(log_file="/dev/full")))
+    try:
+        for _ in range(1000):
+            logging.getLogger("hasten.server.x").info("lost")
+    finally:
+        stop_log(handler)
+    first, last = capsys.readouterr().err.splitlines()
+    reason = "hasten: cannot write the log to /dev/full: No space left on device; messages lost so far: "
+    assert (first, last) == (reason + "1", reason + "1000")
+
+
 def test_all_settings_are_changed_or_none() -> None:
     logs, traces = LogSettings(), TraceSettings()
     with pytest.raises(ServiceError):

@@ -3,6 +3,7 @@
 Nothing is traced, so `trace_level` stays OFF: what would start tracing is an error. What a log setting says is done.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ _MOST_VERBOSE = 2**31 - 1
 _LEVELS = ("OFF", "TIMESTAMPS", "TENSORS")
 
 
+_LOST_EVERY_S = 60.0
 _LONGEST_MESSAGE = 8000
 """Characters of a message in the log: some of them name what a client sent."""
 
@@ -172,21 +174,39 @@ class LogHandler(logging.Handler):
         super().__init__()
         self._settings = settings
         self._stream = stream
+        self._lost, self._lost_reported = 0, -_LOST_EVERY_S
         self.addFilter(settings.shows)
 
     def close(self) -> None:
         """Close the file, if it is one of its own."""
         if self._stream is not sys.stderr:
-            self._stream.close()
+            try:
+                self._stream.close()
+            except OSError as error:
+                self._report_lost(error)
         super().close()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
+        """Write one record. A file that cannot be written is reported on standard error, at most once a minute."""
         try:
             self._stream.write(self.format(record))
             self._stream.flush()
+        except OSError as error:
+            self._lost += 1
+            if time.monotonic() - self._lost_reported >= _LOST_EVERY_S:
+                self._report_lost(error)
         except Exception:
             self.handleError(record)
+
+    def _report_lost(self, error: OSError) -> None:
+        if self._stream is sys.stderr or sys.stderr is None or not self._lost:
+            return
+        name = self._settings.get()["log_file"]
+        text = f"hasten: cannot write the log to {name}: {error.strerror}; messages lost so far: {self._lost}\n"
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        self._lost_reported = time.monotonic()
 
     def format(self, record: logging.LogRecord) -> str:
         """The lines of one record. A message is quoted, so that it cannot pass for another line."""
