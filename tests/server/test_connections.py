@@ -116,6 +116,42 @@ def test_a_body_that_cannot_be_parsed_has_one_answer(
     assert not [record for record in caplog.records if record.exc_info]
 
 
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAA\r\n"
+"""What Java's HttpClient and `curl --http2` say with the first request of a connection."""
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_offer_of_another_protocol_is_no_reason_to_lose_a_body(site: Transports, chunked: bool) -> None:
+    body = json.dumps({"IN": 3}).encode()
+    head = b"POST /v2/models/decoupled/generate_stream HTTP/1.1\r\nhost: x\r\n" + H2C
+    plain = b"content-length: %d\r\n\r\n%b" % (len(body), body)
+    request = head + (
+        b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else plain
+    )
+    with connected(site) as connection:
+        for byte in request:  # wherever the pieces end
+            connection.sendall(bytes([byte]))
+        connection.sendall(request + b"GET /v2/health/live HTTP/1.1\r\nconnection: close\r\n\r\n")
+        answer = received(connection)
+    assert statuses(answer) == [200, 200, 200]
+    assert answer.count(b"data: ") == 6
+
+
+def test_connect_is_refused(site: Transports) -> None:
+    with connected(site) as connection:
+        connection.sendall(b"CONNECT /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert statuses(received(connection)) == [400]
+
+
+def test_a_stream_to_a_client_of_http_1_0_has_no_chunks(site: Transports) -> None:
+    with connected(site) as connection:
+        connection.sendall(stream(2).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        head, _, body = received(connection).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head
+    assert all(line == b"" or line.startswith(b"data: ") for line in body.split(b"\n"))
+    assert body.count(b"data: ") == 2
+
+
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_head_without_end_is_refused_while_it_arrives(site: Transports, name: str) -> None:
     before, piece, status = FLOODS[name]
@@ -227,3 +263,31 @@ def test_who_asks_nothing_is_closed() -> None:
                 answered.sendall(LIVE + LIVE)
                 if statuses(received(answered)) == [200, 200]:
                     break
+
+
+@pytest.mark.parametrize(
+    "part",
+    [b"POST /v2/models/decoupled/generate HTTP/1.1\r\ncontent-length: 9\r\n\r\n{", b"POST /v2/models/dec"],
+    ids=["body", "head"],
+)
+def test_what_has_come_in_part_when_the_server_stops_is_refused(part: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    transports = Transports()
+    with contextlib.ExitStack() as opened:
+        with serving(transports):
+            connection = opened.enter_context(connected(transports))
+            connection.sendall(LIVE + part)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        answer = received(connection)
+    assert statuses(answer) == [503]
+    assert b"the server is stopping" in answer
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_who_reads_nothing_is_left_when_the_server_stops(caplog: pytest.LogCaptureFixture) -> None:
+    transports = Transports()
+    with contextlib.ExitStack() as opened, serving(transports):
+        connection = opened.enter_context(connected(transports))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(LIVE + stream(1_000_000))
+        assert connection.recv(1000, socket.MSG_PEEK)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from hasten.server.errors import error_response
+from hasten.server.http_parser import HttpParser
 from hasten.server.options import EndpointOptions, SecurityOptions
 from hasten.server.sse import BODY, BodyWriter, Flow
 
@@ -74,6 +75,16 @@ class Connections:
         """One connection is gone."""
         self._open.discard(connection)
 
+    def refuse_unfinished(self) -> None:
+        """Refuse the requests that have not come whole, since the server stops."""
+        for connection in list(self._open):
+            connection.refuse_unfinished()
+
+    def abort(self) -> None:
+        """Close all as they are."""
+        for connection in list(self._open):
+            connection.transport.abort()
+
     def check(self) -> None:
         """Close those whose time is up; to be called every now and then."""
         now = self.clock()
@@ -99,6 +110,7 @@ class _Connection(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.parser: HttpParser = HttpParser(self)  # type: ignore[assignment]
         self._all = all_
         self._limits = all_.limits
         self._since = all_.clock()
@@ -178,6 +190,8 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._parser_gave = True
+        if self.parser.offers_upgrade:
+            return
         self._since = self._all.clock()
         self._reading_head, self._reading_body = False, True
         super().on_headers_complete()
@@ -191,6 +205,8 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._parser_gave = True
+        if self.parser.offers_upgrade:
+            return
         self._reading_head = self._reading_body = False
         super().on_message_complete()
 
@@ -229,6 +245,13 @@ class _Connection(HttpToolsProtocol):
         if self._answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+
+    def refuse_unfinished(self) -> None:
+        """Refuse a request of which a part has come, since the server stops."""
+        if self._linger_until is not None or self.pipeline:
+            return
+        if (self._reading_head and not self._answering) or (self._reading_body and not self.cycle.response_started):
+            self._refuse(503, "the server is stopping", {"retry-after": "1"})
 
     def check(self, now: float) -> None:
         """Close the connection if its client's time is up."""

@@ -21,6 +21,9 @@ _BACKLOG = 2048
 _CHECK_TICKS = 5
 """Of uvicorn's main loop, ten a second, between two looks at the connections' time-outs."""
 
+_FOLLOW_S = 1.0
+"""In which those who answer a request find its client gone."""
+
 _DEFAULT_LIMITS = ConnectionLimits()
 
 
@@ -62,12 +65,6 @@ class _Uvicorn(uvicorn.Server):
             self._connections.check()
         return await super().on_tick(counter)
 
-    def drop_connections(self) -> None:
-        """Close all connections as they are. A stop that has begun waits for them, for as long as it began with."""
-        for connection in list(self.server_state.connections):
-            if (transport := connection.transport) is not None:
-                transport.abort()
-
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
@@ -87,6 +84,7 @@ class HttpListener:
         self._socket = open_port(address, port, flag)
         self._tls = tls
         self._limits = limits
+        self._connections = Connections(limits)
         self._server: _Uvicorn | None = None
         self._task: asyncio.Task[None] | None = None
         self.port: int = self._socket.getsockname()[1]
@@ -94,10 +92,9 @@ class HttpListener:
 
     async def start(self, app: ASGIApp) -> None:
         """Begin to serve."""
-        connections = Connections(self._limits)
         config = uvicorn.Config(
             app,
-            http=cast(type[asyncio.Protocol], connections),
+            http=cast(type[asyncio.Protocol], self._connections),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -105,9 +102,10 @@ class HttpListener:
             server_header=False,
             proxy_headers=False,  # nothing depends on where a client is
             timeout_keep_alive=max(1, round(self._limits.idle_timeout)),
+            timeout_graceful_shutdown=None,  # `stop` closes the connections
             **_tls_options(self._tls),
         )
-        self._server = _Uvicorn(config, connections)
+        self._server = _Uvicorn(config, self._connections)
         self._task = asyncio.create_task(self._server.serve([self._socket]))
         started = asyncio.ensure_future(self._server.serves.wait())
         await asyncio.wait((self._task, started), return_when=asyncio.FIRST_COMPLETED)
@@ -121,12 +119,15 @@ class HttpListener:
         May be cancelled, and called again with less grace.
         """
         if self._server is not None and self._task is not None:
-            if self._server.should_exit and grace == 0:
-                self._server.drop_connections()
-            self._server.config.timeout_graceful_shutdown = max(1, round(grace))
+            self._connections.refuse_unfinished()
             self._server.force_exit = grace == 0
             self._server.should_exit = True
             # unlike awaiting the task, this leaves it alone where it is cancelled
+            await asyncio.wait((self._task,), timeout=grace)
+            # those who do not read what they asked for; to cancel who answers them would be logged as a fault
+            self._connections.abort()
+            await asyncio.wait((self._task,), timeout=_FOLLOW_S)
+            self._server.force_exit = True
             await asyncio.wait((self._task,))
             self._task.result()
         self.close()

@@ -47,6 +47,11 @@ class BodyWriter:
         writer: BodyWriter = scope["state"][BODY]
         return writer
 
+    def begin(self) -> None:
+        """To be called before the head: HTTP/1.0 has no chunks, the end of its connection ends such a body."""
+        if self._cycle.scope["http_version"] == "1.0":
+            self._cycle.chunked_encoding = False
+
     @property
     def writable(self) -> bool:
         """Whether the client has taken enough of what was written before."""
@@ -59,7 +64,8 @@ class BodyWriter:
     def write(self, data: bytes) -> None:
         """Write a chunk, whether writable or not; nothing once the client is gone."""
         if data and not self._cycle.disconnected:
-            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            chunk = b"%x\r\n%b\r\n" % (len(data), data) if self._cycle.chunked_encoding else data
+            self._cycle.transport.write(chunk)
 
     async def drain(self) -> None:
         """Wait until it is writable, or the client is gone."""
@@ -150,6 +156,7 @@ class EventStream(Response):
             await self._events.close()
 
     async def _send(self, send: Send, body: BodyWriter) -> None:
+        body.begin()
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         body.write(self._first)
         await self._events.write(body)
