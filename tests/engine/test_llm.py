@@ -355,6 +355,28 @@ def test_requests_without_a_seed_differ_but_runs_do_not(tiny_bloom: Path) -> Non
     assert run(1) != tokens
 
 
+def test_the_greatest_outputs_of_a_call_begin_first_with_the_same_tokens(llm: LLM, tiny_bloom: Path) -> None:
+    lengths = (2, 3, 2, 3, 12, 2)
+    each = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
+    prompts = PROMPTS[: len(lengths)]
+
+    def steps_of(run: Callable[[LLM], list[RequestOutput]]) -> tuple[int, list[list[int]]]:
+        with LLM(tiny_bloom, max_num_seqs=2, **like(llm)) as few:
+            before = few.engine.scheduler.stats.steps
+            outputs = run(few)
+            return few.engine.scheduler.stats.steps - before, tokens_of(outputs)
+
+    def streamed(few: LLM) -> list[RequestOutput]:
+        outputs = [output for output in few.stream(prompts, each) if output.finished]
+        return sorted(outputs, key=lambda output: output.request_id)
+
+    together, tokens = steps_of(lambda few: few.generate(prompts, each))
+    one_by_one, in_their_order = steps_of(streamed)
+    assert tokens == in_their_order  # without a seed of their own theirs are by their places
+    assert [len(each) for each in tokens] == list(lengths)
+    assert together < one_by_one
+
+
 def test_equal_requests_in_one_call_are_answered_each(llm: LLM) -> None:
     outputs = llm.generate([PROMPTS[3]] * 20, GREEDY)
     assert len(outputs) == 20

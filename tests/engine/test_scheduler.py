@@ -367,6 +367,41 @@ def test_only_as_many_run_as_may(make_run: MakeRun) -> None:
     assert [s.request_id for s in run.step().sequences] == ["c"]
 
 
+def test_requests_wanted_all_together_begin_with_the_greatest_outputs(make_run: MakeRun) -> None:
+    def finished(run: Run, *, longest_first: bool) -> tuple[list[str], int]:
+        jobs = {"a": 2, "b": 2, "c": 3, "d": 2, "e": 9}
+        for name, output in jobs.items():
+            run.add(name, Job((1, 2), output=output))
+        if longest_first:
+            run.scheduler.begin_longest_first()
+        while run.scheduler.has_work:
+            run.step()
+        assert {name: len(run.outputs[name, 0]) for name in jobs} == jobs
+        return run.first_seen, len(run.log)
+
+    assert finished(make_run(seqs=2), longest_first=False) == (["a", "b", "c", "d", "e"], 13)
+    assert finished(make_run(seqs=2), longest_first=True) == (["e", "c", "a", "b", "d"], 9)
+
+
+def test_who_has_no_greatest_output_begins_first(make_run: MakeRun) -> None:
+    run = make_run(seqs=1)
+    for name in "abc":
+        run.add(name, Job((1, 2), output=4))
+    run.scheduler.waiting[1].params = SamplingParams(max_tokens=None)
+    run.scheduler.begin_longest_first()
+    assert [s.request_id for s in run.scheduler.waiting] == ["b", "a", "c"]
+
+
+def test_a_target_leaves_requests_in_the_order_of_their_prompts(make_run: MakeRun) -> None:
+    run = make_run(seqs=2, prompt_tokens=4)
+    for name, length, output in (("a", 3, 1), ("b", 1, 2), ("c", 2, 9)):
+        run.add(name, Job((1,) * length, output=output))
+    run.scheduler.begin_longest_first()
+    while run.scheduler.has_work:
+        run.step()
+    assert run.first_seen == ["b", "c", "a"]
+
+
 def test_the_last_to_come_gives_way_and_resumes_before_who_never_ran(make_run: MakeRun) -> None:
     run = make_run(blocks=4, prefix_cache=False)
     run.add("a", Job((1,) * 7, output=5))

@@ -23,7 +23,7 @@ WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
     "skip_tokenizer_init": ((False,), "a folder without a tokenizer does without one"),
     "enable_auto_tool_choice": (None, ""),
     "tokenizer_mode": (("auto", "fast"), "the tokenizer is the checkpoint's tokenizer.json"),
-    "scheduling_policy": (("fcfs",), "requests begin in the order in which they come; only itl_target changes that"),
+    "scheduling_policy": (("fcfs",), "requests begin as they come; itl_target and LLM.generate may change that"),
     "speculative_config": ((None,), "there is no speculative decoding"),
 }
 """Options of vLLM that choose nothing here: the values that ask for what hasten does anyway (None: any value), and why

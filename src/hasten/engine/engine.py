@@ -190,6 +190,14 @@ class Engine:
         with self._change():
             self._add(request, stream, grammar)
 
+    def begin_longest_first(self) -> None:
+        """Let queued requests begin in the order of their greatest output, which without a target nobody notices alone.
+
+        For who wants all of them and nothing before the last: it comes sooner.
+        """
+        with self._change():
+            self.scheduler.begin_longest_first()
+
     def _add(self, request: Request, stream: bool, grammar: Grammar | None) -> None:
         params = request.params
         seed = self._next_seed() if params.seed is None else params.seed

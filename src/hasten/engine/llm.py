@@ -196,6 +196,7 @@ class LLM(PoolingMethods):
     ) -> list[RequestOutput]:
         """Complete each prompt, text or token ids; the outputs are in the order of the prompts.
 
+        Where more are given than are computed at once, those with the greatest `max_tokens` begin first.
         `sampling_params` is one for all or one for each. For several prompts a bar on standard error shows how far
         they are, if that is a terminal; `use_tqdm=False` does without. Raises InvalidRequestError, before anything is
         computed, where a prompt cannot be served.
@@ -335,6 +336,8 @@ class LLM(PoolingMethods):
         try:
             for request_id, (where, request) in zip(ids, requests, strict=True):
                 self._add(replace(request, request_id=request_id), where, stream=stream)
+            if not stream:
+                self.engine.begin_longest_first()
         except BaseException:
             self._abandon(ids, ())
             raise

@@ -10,6 +10,7 @@ Numbers of tokens matter here, not which they are: a step can be scheduled while
 pending on the device.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -71,6 +72,14 @@ class Scheduler:
             index -= 1
         self.waiting.insert(index, sequence)
         sequence.is_waiting = True
+
+    def begin_longest_first(self) -> None:
+        """Let those that wait begin in the order of their greatest output, as far as their `due` leaves it open.
+
+        For requests that are wanted all together: a step of few sequences at the end takes almost as long as one of
+        many before. Whoever has no `max_tokens` may become longest.
+        """
+        self.waiting = deque(sorted(self.waiting, key=_longest_first))
 
     def get(self, key: int) -> Sequence | None:
         """The unfinished sequence with this key."""
@@ -437,6 +446,11 @@ class Scheduler:
 
 def _due(sequence: Sequence) -> int:
     return sequence.due
+
+
+def _longest_first(sequence: Sequence) -> tuple[int, float]:
+    unlimited = sequence.params.max_tokens is None
+    return sequence.due, -math.inf if unlimited else sequence.prompt_len - sequence.max_length
 
 
 def _last_step(sequence: Sequence) -> int:
