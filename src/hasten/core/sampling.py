@@ -275,14 +275,15 @@ class SamplingParams:
                 set_(self, name, value)
             set_(self, "structured_outputs", None)
         # A wrong type is refused here: met in the middle of a step, it would end the engine for all requests.
-        for name, kept, optional in _TYPES:
+        given = [name for name, default in DEFAULTS.items() if getattr(self, name) is not default]
+        for name in given:
             value = getattr(self, name)
-            if value is not None or not optional:
-                set_(self, name, kept(name, value))
-        for name, holds, wanted in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise InvalidRequestError(f"{name} must {wanted}, got {value}")
+            if value is not None or name not in _OPTIONAL:
+                set_(self, name, KEPT[KINDS[name]](name, value))
+        for name in given:
+            value, rule = getattr(self, name), RULES[name]
+            if value is not None and rule.holds is not None and not rule.holds(value):
+                raise InvalidRequestError(f"{name} must {rule.wanted}, got {value}")
         most = self.max_tokens
         if most is not None and self.min_tokens > most:
             raise InvalidRequestError(f"min_tokens must be at most max_tokens ({most}), got {self.min_tokens}")
@@ -381,13 +382,8 @@ def names_at(entrance: Entrance) -> dict[str, str]:
     return {name: rule.names.get(entrance, name) for name, rule in RULES.items() if entrance not in rule.absent}
 
 
-_TYPES = [
-    (option.name, KEPT[KINDS[option.name]], type(None) in get_args(option.type))
-    for option in fields(SamplingParams)
-    if KINDS[option.name] in KEPT
-]
-"""Name, what keeps its values, and whether None is one of them."""
-_RANGES = [(name, rule.holds, rule.wanted) for name, rule in RULES.items() if rule.holds is not None]
+_OPTIONAL = frozenset(option.name for option in fields(SamplingParams) if type(None) in get_args(option.type))
+"""Those that may be None."""
 _ONLY_WITH_BEAMS = [(name, DEFAULTS[name]) for name, rule in RULES.items() if rule.beams == "only"]
 _NOT_WITH_BEAMS = [(name, DEFAULTS[name]) for name, rule in RULES.items() if rule.beams == "never"]
 _NOT_WITH_GRAMMAR = [(name, DEFAULTS[name]) for name, rule in RULES.items() if not rule.grammar]

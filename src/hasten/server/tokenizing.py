@@ -105,7 +105,7 @@ def check_entries(given: Mapping[str, object]) -> None:
     """
     for name, most in _MAX_ENTRIES.items():
         value = given.get(name)
-        if isinstance(value, Sized) and not isinstance(value, str) and len(value) > most:
+        if value and isinstance(value, Sized) and not isinstance(value, str) and len(value) > most:
             raise InvalidRequestError(f"{name} has {len(value)} entries, the limit is {most}")
 
 

@@ -61,10 +61,10 @@ class GrpcCalls:
 
     def _read_infer(self, raw: bytes, claim: Claim) -> ReceivedInfer:
         """A request for one response; may take long, and be done in a thread."""
-        message, tensors = parsed_infer(raw)
-        if self.service.is_decoupled(message.model_name, message.model_version):
+        received = received_infer(*parsed_infer(raw), self.service, self.memory, claim)
+        if received.decoupled:
             raise ServiceError(ErrorKind.UNSUPPORTED, _DECOUPLED)
-        return received_infer(message, tensors, self.service, self.memory, claim)
+        return received
 
     async def _infer(self, received: ReceivedInfer) -> bytes:
         """One request, one response, serialized."""

@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2 as pb
 from hasten.server.by_size import by_size
 from hasten.server.errors import client_error
 from hasten.server.inflight import Claim, InflightBytes
+from hasten.server.models.config import is_decoupled
 from hasten.server.models.validation import EMPTY_FINAL
 from hasten.server.protocol.proto import (
     FINAL,
@@ -56,11 +57,11 @@ def received_infer(
     message: Any, tensors: Sequence[bytes | memoryview], service: "Service", memory: SharedMemory, claim: Claim
 ) -> ReceivedInfer:
     """A ModelInferRequest and its raw tensors as a request; ServiceError where it is wrong, or its model unknown."""
-    decoupled = service.is_decoupled(message.model_name, message.model_version)
-    request = infer_request(message, tensors, memory.reading(claim))
     config = service.model_config(message.model_name, message.model_version)
+    request = infer_request(message, tensors, memory.reading(claim))
     wanted = placements(request.outputs, memory)
-    return ReceivedInfer(request, decoupled, partial(deliver, wanted=wanted, batched=config.max_batch_size > 0))
+    delivery = partial(deliver, wanted=wanted, batched=config.max_batch_size > 0)
+    return ReceivedInfer(request, is_decoupled(config), delivery)
 
 
 async def stream_infer(
@@ -79,19 +80,17 @@ async def stream_infer(
     no room for are refused. With `ends_with_error` the first error of a model ends the stream, and is returned;
     otherwise, and where a request is refused, errors are answers.
     """
-    stream = _Stream(service, memory, context, inflight, max_bytes, ends_with_error=ends_with_error)
-    reading = asyncio.ensure_future(stream.serve(requests))
+    task = asyncio.current_task()
+    assert task is not None, "a call is served by a task"
+    stream = _Stream(service, memory, context, inflight, max_bytes, task.cancel if ends_with_error else None)
     try:
-        both: set[asyncio.Future[Any]] = {reading, stream.failed}
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if stream.failed.done():
-            return stream.failed.result()
-        await reading
-        return None
+        await stream.serve(requests)
+    except asyncio.CancelledError:
+        if stream.failure is None or task.uncancel():
+            raise
     finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
         await stream.withdraw()
+    return stream.failure
 
 
 class _UnsentError(Exception):
@@ -118,6 +117,12 @@ class _Room:
         self._count, self._bytes = self._count - 1, self._bytes - size
         self._left.set()
 
+    async def emptied(self) -> None:
+        """Wait until no request is under way."""
+        while self._count:
+            self._left.clear()
+            await self._left.wait()
+
 
 @dataclass(frozen=True)
 class _Refused:
@@ -135,29 +140,28 @@ class _Stream:
         context: Any,
         inflight: InflightBytes,
         max_bytes: int,
-        *,
-        ends_with_error: bool,
+        end: Callable[[], object] | None,
     ) -> None:
+        """`end`: ends the stream, where the first error of a model is to."""
         self._service = service
         self._memory = memory
         self._context = context
         self._inflight = inflight
-        self._ends_with_error = ends_with_error
+        self._end = end
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = _Room(max_bytes)
         self._writing = asyncio.Lock()
         self._answered = asyncio.Event()
         """Set once all that came before have answered, of models that answer once."""
         self._answered.set()
-        self.failed: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
+        self.failure: ServiceError | None = None
         """The error that ends the stream, where one does."""
 
     async def serve(self, requests: Any) -> None:
         """Serve all requests, each from when there is room, and wait for the last answers."""
         async for raw in requests:
             await self._begin(raw)
-        while self._tasks:
-            await asyncio.wait(tuple(self._tasks))
+        await self._room.emptied()
 
     async def _begin(self, raw: bytes) -> None:
         await self._room.enter(len(raw))
@@ -181,9 +185,10 @@ class _Stream:
 
     async def withdraw(self) -> None:
         """End what is under way."""
-        for task in (tasks := tuple(self._tasks)):
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks := tuple(self._tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _read(self, raw: bytes, claim: Claim) -> ReceivedInfer | _Refused:
         message = pb.ModelInferRequest()
@@ -247,14 +252,15 @@ class _Stream:
                 await self._send(_serialized(_closing(request, final=True)))
 
     async def _write_error(self, error: ServiceError, response: Any, *, refused: bool) -> None:
-        if refused or not self._ends_with_error:
+        if refused or self._end is None:
             await self._send(_serialized(response, str(error)))
-        elif not self.failed.done():
-            self.failed.set_result(error)
+        elif self.failure is None:
+            self.failure = error
+            self._end()
 
     async def _send(self, message: bytes) -> None:
         async with self._writing:
-            if self.failed.done():
+            if self.failure is not None:
                 return
             try:
                 await self._context.write(message)
