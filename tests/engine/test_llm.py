@@ -9,8 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count, pairwise
@@ -1169,3 +1171,29 @@ def stderr_on_a_terminal(script: str) -> str:
     os.close(leader)
     assert process.wait(LIMIT_S) == 0, shown.decode()
     return shown.decode()
+
+
+def test_a_call_that_another_thread_began_first_is_left_alone(
+    tiny_bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were free to begin when they came; one tokenizes for so long that the other has requests under way."""
+    began, go_on = threading.Event(), threading.Event()
+    with LLM(tiny_bloom) as llm, ThreadPoolExecutor(1) as pool:
+        encode_batch = llm.tokenizer.encode_batch
+
+        def slow(texts: list[str]) -> list[list[int]]:
+            began.set()
+            assert go_on.wait(LIMIT_S)
+            return encode_batch(texts)
+
+        monkeypatch.setattr(llm.tokenizer, "encode_batch", slow)
+        late = pool.submit(llm.generate, ["the river", "a lamp"], SamplingParams(max_tokens=4))
+        assert began.wait(LIMIT_S)
+        stream = llm.stream([[5, 6, 7]], SamplingParams(max_tokens=6, ignore_eos=True))
+        found = [next(stream)]
+        go_on.set()
+        with pytest.raises(EngineError, match="another call of this LLM is under way"):
+            late.result(LIMIT_S)
+        found += stream
+        assert [len(output.outputs[0].token_ids) for output in found] == [1, 2, 3, 4, 5, 6]
+        assert not llm.engine.has_unfinished

@@ -23,6 +23,7 @@ from hasten.core.types import PoolingTask, Request, SamplingParams
 from hasten.engine.batch import Batch
 from hasten.engine.launched_step import Launched
 from hasten.engine.pooling import Pooled, Pooler, normalized, pool
+from hasten.engine.request_state import Output
 
 BOUND = 1e-5
 MODES = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
@@ -267,6 +268,26 @@ def test_texts_are_queued_while_steps_are_computed(bert: Path) -> None:
         assert gc.isenabled()
         (again,) = llm.embed([[5] * 40])
         assert again.outputs.embedding == pytest.approx(outputs[0].outputs.embedding, abs=BOUND)
+
+
+def test_another_call_is_refused_while_texts_are_still_to_be_queued(bert: Path) -> None:
+    """Even where the engine has nothing left of those that were."""
+    with LLM(bert, device="cpu", max_num_batched_tokens=320) as llm:
+        step, idle = llm.engine.step, 0
+
+        def stepped() -> list[Output]:
+            nonlocal idle
+            outputs = step()
+            idle += not llm.engine.has_unfinished
+            with pytest.raises(EngineError, match="another call of this LLM is under way"):
+                llm.embed([[5] * 3])
+            return outputs
+
+        llm.engine.step = stepped  # type: ignore[method-assign]  # as if another thread came then
+        assert len(llm.embed([[5 + number] * 40 for number in range(60)])) == 60
+        assert idle > 1
+        llm.engine.step = step  # type: ignore[method-assign]
+        assert len(llm.embed([[5] * 3])) == 1
 
 
 def test_vectors_of_length_one() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import save_tokenizer
 from tests.encoder_decoders import KINDS, save_encoder_decoder, their_logprobs, their_tokens, without_padding
 from tests.models.families import with_attention
 
@@ -186,3 +187,17 @@ def test_bad_input(save: Save) -> None:
         assert llm.generate([[5] * 30], GREEDY, use_tqdm=False)[0].outputs[0].finish_reason == "length"
         with pytest.raises(InvalidRequestError, match="generates text"):
             llm.embed([[5, 6]])
+
+
+@pytest.mark.parametrize(
+    "constraint", [{"regex": "[a-z]+"}, {"choice": ["a"]}, {"structured_outputs": {"json_object": True}}], ids=str
+)
+def test_no_grammar_where_every_output_begins_with_a_forced_token(constraint: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_encoder_decoder(tmp_path, "bart", vocab_size=save_tokenizer(tmp_path))
+    with (
+        LLM(folder, kv_cache_memory=1 << 22) as llm,
+        pytest.raises(
+            InvalidRequestError, match=r"begins with token 7 \(forced_bos_token_id\), which no grammar knows"
+        ),
+    ):
+        llm.generate([[5, 6]], SamplingParams(**constraint))

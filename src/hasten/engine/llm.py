@@ -4,6 +4,7 @@ import gc
 import inspect
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -72,6 +73,10 @@ class LLM(PoolingMethods):
         self._engine: Engine | None = None
         self._closed_because = "it did not start"
         self._next_id = 0
+        self._queueing = threading.Lock()
+        """Held while a call begins, which it does only where no other call is under way."""
+        self._coming: Iterator[object] | None = None
+        """Texts of a call under way that are still to be queued; the engine may have none of its others."""
         info = launch.launched_rank(config)
         if info is not None and info.rank > 0:
             raise ConfigError(
@@ -326,21 +331,23 @@ class LLM(PoolingMethods):
         )
 
     def _check_free(self) -> None:
-        if self.engine.has_unfinished:
+        if self.engine.has_unfinished or self._coming is not None:
             raise EngineError("another call of this LLM is under way; finish, close or abort it first")
 
     def _queue(self, requests: Sequence[tuple[str, Request]], *, stream: bool) -> list[str]:
         """Queue requests, each behind what messages call its prompt; their ids. All of them or none."""
-        ids = [str(self._next_id + number) for number in range(len(requests))]
-        self._next_id += len(ids)
-        try:
-            for request_id, (where, request) in zip(ids, requests, strict=True):
-                self._add(replace(request, request_id=request_id), where, stream=stream)
-            if not stream:
-                self.engine.begin_longest_first()
-        except BaseException:
-            self._abandon(ids, ())
-            raise
+        with self._queueing:
+            self._check_free()  # another thread's call may have begun while prompts were tokenized
+            ids = [str(self._next_id + number) for number in range(len(requests))]
+            self._next_id += len(ids)
+            try:
+                for request_id, (where, request) in zip(ids, requests, strict=True):
+                    self._add(replace(request, request_id=request_id), where, stream=stream)
+                if not stream:
+                    self.engine.begin_longest_first()
+            except BaseException:
+                self._abandon(ids, ())
+                raise
         return ids
 
     def _add(self, request: Request, where: str, *, stream: bool) -> None:
@@ -359,6 +366,9 @@ class LLM(PoolingMethods):
         """
         coming, positions, finished = iter(requests), dict[str, str](), dict[str, Output]()
         try:
+            with self._queueing:
+                self._check_free()
+                self._coming = coming
             with progress_bar(doing, count, show=show_progress and count > 1) as bar:
                 meter = _Meter(self.engine, bar)
                 while len(finished) < count:
@@ -367,6 +377,8 @@ class LLM(PoolingMethods):
                     finished.update((output.request_id, output) for output in outputs)
                     meter.advance(len(outputs))
         finally:
+            if self._coming is coming:
+                self._coming = None
             self._abandon(list(positions), finished)
         return [(where, finished[request_id]) for request_id, where in positions.items()]
 

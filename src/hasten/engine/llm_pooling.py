@@ -46,9 +46,6 @@ class PoolingMethods(ABC):
         """The engine below."""
 
     @abstractmethod
-    def _check_free(self) -> None: ...
-
-    @abstractmethod
     def _finished_texts(
         self, requests: Iterable[tuple[str, Request]], count: int, doing: str, *, show_progress: bool
     ) -> list[tuple[str, Output]]: ...
@@ -204,7 +201,6 @@ class PoolingMethods(ABC):
     def _outputs(
         self, requests: Iterable[tuple[str, Request]], count: int, doing: str, *, use_tqdm: bool
     ) -> list[PoolingRequestOutput[PooledOutput]]:
-        self._check_free()
         pooled: list[PoolingRequestOutput[PooledOutput]] = []
         for where, output in self._finished_texts(requests, count, doing, show_progress=use_tqdm):
             assert isinstance(output, PoolingRequestOutput)

@@ -136,7 +136,7 @@ class RequestChecks:
             raise InvalidRequestError(
                 f"{name}: the prompt has {length} tokens; the encoder takes {most} at the most ({option})"
             )
-        if params.structured_outputs is not None and self._model.forced_bos_token_id is not None:
+        if params.is_constrained and self._model.forced_bos_token_id is not None:
             raise InvalidRequestError(
                 f"{name}: every output of this {self._model.architecture} begins with token "
                 f"{self._model.forced_bos_token_id} (forced_bos_token_id), which no grammar knows"
