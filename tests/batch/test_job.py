@@ -282,6 +282,13 @@ def test_a_part_that_is_none(text: str) -> None:
         Part.parse(text)
 
 
+def test_rows_of_a_pipe_are_refused_before_any_is_lost(tmp_path: Path) -> None:
+    pipe = tmp_path / "rows"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="can only be read once"):  # nor is it opened, which would wait for a writer
+        run(pipe, tmp_path / "out")
+
+
 def test_an_input_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         run(tmp_path / "none", tmp_path / "out")

@@ -1,4 +1,5 @@
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,14 @@ def test_a_plan_for_a_gpu_names_what_serves_the_model(tiny_bloom: Path, hasten_h
     assert done.out.splitlines()[-1] == f"options: hasten serve {tiny_bloom}"
     arguments = build_parser().parse_args(done.out.splitlines()[-1].split()[2:])
     assert arguments.model == str(tiny_bloom)
+
+
+def test_the_command_of_a_plan_is_quoted_for_a_shell(tiny_bloom: Path, hasten_here: "Hasten", tmp_path: Path) -> None:
+    folder = tmp_path / "a model; it's here"
+    folder.symlink_to(tiny_bloom)
+    done = hasten_here("plan", folder, "--gpu", "L4")
+    last = done.out.splitlines()[-1].removeprefix("options: ")
+    assert shlex.split(last) == ["hasten", "serve", str(folder)]
 
 
 def test_a_plan_as_json(tiny_bloom: Path, hasten_here: "Hasten") -> None:

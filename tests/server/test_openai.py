@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -596,6 +597,13 @@ def test_bodies_that_are_none_are_the_clients_fault(site: Site, path: str) -> No
         assert response.status_code == 400, (body[:80], response.text)
         assert response.json()["error"]["type"] == "invalid_request_error"
         assert response.json()["error"]["message"]
+
+
+def test_a_packed_body_is_refused_by_its_encoding(site: Site) -> None:
+    body = gzip.compress(json.dumps({"model": "story", "prompt": "a"}).encode())
+    response = httpx.post(f"{site.url}/v1/completions", content=body, headers={"content-encoding": "gzip"})
+    assert response.status_code == 415
+    assert response.json()["error"]["message"].startswith("bodies with content-encoding 'gzip' are not supported")
 
 
 def test_unknown_routes_are_errors_in_openais_form(site: Site, client: openai.OpenAI) -> None:

@@ -1,6 +1,7 @@
 """The input of a batch: rows of JSON or of a Parquet file, read one by one however many there are."""
 
 import hashlib
+import stat
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator
@@ -74,7 +75,11 @@ class Source(ABC):
 
 
 def open_rows(path: Path) -> Source:
-    """The rows of a file of JSON lines or, as its first bytes say, a Parquet file."""
+    """The rows of a file of JSON lines or, as its first bytes say, a Parquet file; ConfigError for a pipe."""
+    with reading(f"rows from {path}"):
+        mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ConfigError(f"{path} can only be read once, and rows are read several times: write them to a file first")
     with reading(f"rows from {path}"), path.open("rb") as file:
         beginning = file.read(len(_PARQUET))
     if beginning == _PARQUET:

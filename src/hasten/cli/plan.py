@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,7 @@ class _Plan:
         options |= {"max_model_len": self.setup.max_model_len, "quantization": self.setup.quantization}
         options |= {"kv_cache_dtype": self.setup.cache_dtype}
         given = {name: value for name, value in options.items() if value is not None}
-        return " ".join(["hasten serve", self.name, *([_flags(given)] if given else [])])
+        return " ".join(["hasten serve", shlex.quote(self.name), *([_flags(given)] if given else [])])
 
     def show(self) -> None:
         from hasten.bench.report import print_table

@@ -95,7 +95,12 @@ def checked_queueing(request: Request, client: EngineClient, priority: int | Non
 
 
 async def read_body(request: Request, decoder: msgspec.json.Decoder[Decoded]) -> Decoded:
-    """What a body asks for; OpenAIError and InvalidRequestError where it is not valid, or too large."""
+    """What a body asks for; OpenAIError and InvalidRequestError where it is not valid, too large, or packed."""
+    encoding = request.headers.get("content-encoding", "").strip()
+    if encoding.lower() not in ("", "identity"):
+        raise OpenAIError(
+            f"bodies with content-encoding {encoding[:80]!r} are not supported here; leave it out", status=415
+        )
     check_declared_size(request.headers.get("content-length"))
     body = await request.body()
     return await by_size(len(body), decode, body, decoder)
