@@ -209,7 +209,16 @@ def test_nothing_to_do_is_no_items(most: int) -> None:
 
 def test_as_many_runs_as_sequences_leave_each_whole() -> None:
     result = make_splits([5000, 3, 700], 3)
-    assert [split[3:] for split in result] == [[0, n, n, 0, 1] for n in (5000, 3, 700)]
+    assert [split[3:] for split in result] == [[0, n, n, 0, 1] for n in (5000, 700, 3)]
+
+
+def test_long_splits_begin_first_and_equal_ones_in_the_order_of_their_sequences() -> None:
+    kv_lens = [64, 640, 3, 300, 64, 640]
+    whole, cut = make_splits(kv_lens, 6), make_splits(kv_lens, 10)
+    assert [split[0] for split in whole] == [4, 16, 10, 1, 13, 7]
+    lengths = [split[4] - split[3] for split in cut if split[6] == 0]
+    assert len(cut) > 6
+    assert lengths == sorted(lengths, reverse=True)
 
 
 @given(kv_lens=st.lists(st.integers(2, 400), min_size=1, max_size=20))

@@ -191,14 +191,20 @@ def kv_splits(
 ) -> Integers:
     """Cut the keys of sequences with one query each into at most `most` splits of about equal length: [splits, 8].
 
-    A sequence of up to `shortest` keys is not cut; one without keys has one split.
+    A sequence of up to `shortest` keys is not cut; one without keys has one split. Those of long splits come first.
     """
     spare = max(1, most - len(tables))
     length = max(shortest, -(-int(kv_lens.sum()) // spare))
     length = -(-length // SPLIT_STEP) * SPLIT_STEP
     counts = np.maximum(1, -(-kv_lens // length))
     even = -(-kv_lens // (SPLIT_STEP * counts)) * SPLIT_STEP  # equal splits of one sequence, none a short rest
-    return splits_of(tables, query_rows, out_rows, kv_lens, np.maximum(even, 1))
+    lengths, order = np.maximum(even, 1), _longest_first(np.minimum(even, kv_lens))
+    return splits_of(tables[order], query_rows[order], out_rows[order], kv_lens[order], lengths[order])
+
+
+def _longest_first(lengths: Integers) -> Integers:
+    """An order in which programs that take long do not begin last, when others have ended."""
+    return np.argsort(-lengths, kind="stable")
 
 
 def run_lengths(kv_lens: Integers, run: int, most: int) -> Integers:

@@ -19,7 +19,7 @@ from hasten.ops.gpu.library import with_room
 from hasten.ops.gpu.long_attention import attend_gathered
 from hasten.ops.gpu.splits import one_query, query_group
 from hasten.ops.meta import AttentionMeta
-from hasten.ops.plan import SPLIT_COLUMNS, SPLIT_STEP, TILE, group_rows, programs_per_split
+from hasten.ops.plan import SPLIT_COLUMNS, SPLIT_STEP, TILE, AttentionPlan, group_rows, programs_per_split
 
 
 @triton.jit
@@ -57,14 +57,17 @@ def _tile(
     RUN: tl.constexpr,
     COLUMNS: tl.constexpr,
     CONSECUTIVE: tl.constexpr,
+    LETS_NEXT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile of a sequence's queries, of one head, against all keys that they see.
 
     With RUN, BLOCK_M queries of it, by runs of that many keys, as for single queries. Where FARTHEST is not 0, `slopes`
     are biases by distance instead, 2 * FARTHEST + 1 of each head. `scales`: those of caches of 8 bits.
+    LETS_NEXT: whether the next kernel may read what this one waits for.
     """
-    start_next(PDL)
+    if not LETS_NEXT:
+        start_next(PDL)
     head = tl.program_id(0)
     item = items + tl.program_id(1) * COLUMNS
     table = tables + tl.load(item)
@@ -80,6 +83,8 @@ def _tile(
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
     wait_for_inputs(PDL)
+    if LETS_NEXT:
+        start_next(PDL)
     mask_md = (m < count)[:, None] & in_head[None, :]
     q_md = tl.load(query + (query_row + m)[:, None] * query_stride + head * D + d[None, :], mask_md, 0.0)
     slope = 0.0
@@ -176,12 +181,13 @@ def paged_attention(
     wide, group = query_tnd.dtype == torch.float32, heads // kv_heads
     if plan.long_tiles is not None:
         attend_gathered(*shared, plan, out_tnd, scale * LOG2_E, (softcap or 0.0) * LOG2_E, common)
+    beside = _is_beside(plan)
     if plan.tiles is not None:
         whole = scales is None and d <= 128 and not wide and has_warp_groups(query_tnd.device.index)
         options = _consecutive(d, wide) if meta.consecutive else _tiles(meta.run, d, block_size, wide, whole)
         _tile[(heads, len(plan.tiles), TILE // options["BLOCK_M"])](
             *shared, plan.tiles, out_tnd, *numbers, GROUP=group, COLUMNS=plan.tiles.shape[1], CAUSAL=causal,
-            CONSECUTIVE=meta.consecutive, **options, **common,
+            CONSECUTIVE=meta.consecutive, LETS_NEXT=beside, **options, **common,
         )  # fmt: skip
     if plan.splits is not None:
         parts = _parts(meta, plan.splits, heads, common["BLOCK_D"])
@@ -191,9 +197,14 @@ def paged_attention(
         fixed = kv_heads * triton.cdiv(group, options.get("BLOCK_M", 1))
         programs = programs_per_split(heads, kv_heads) if meta.run is None else fixed
         kernel[(programs, len(plan.splits))](
-            *shared, plan.splits, out_tnd, *parts, *numbers, COLUMNS=SPLIT_COLUMNS, **options, **common
+            *shared, plan.splits, out_tnd, *parts, *numbers, COLUMNS=SPLIT_COLUMNS, BESIDE=beside, **options, **common
         )
     return out_tnd
+
+
+def _is_beside(plan: AttentionPlan) -> bool:
+    """Whether splits are computed beside tiles: these leave memory idle and those arithmetic units."""
+    return plan.tiles is not None and plan.splits is not None
 
 
 def _tiles(run: int | None, head_size: int, block_size: int, wide: bool, whole: bool) -> dict[str, Any]:

@@ -4,6 +4,9 @@ Where every query head has keys of its own, a program is for one head and comput
 is read by no other. Where a group of heads has the same keys, a program is for the group, whose heads are the rows of
 a matrix product, so that keys are read once and not once per head. That is quicker for the heads of a single query
 too, each a group of its own, since its programs are few.
+
+BESIDE the kernel for tiles of the same step, which lets the next one start once its own inputs are there, programs wait
+for that one at their end: it writes other rows, and whoever waits for these kernels waits for both.
 """
 
 import triton
@@ -13,6 +16,13 @@ from hasten.ops.gpu.attend import FAR, attend, attend_runs, blocks, capped, colu
 from hasten.ops.gpu.launch import start_next, wait_for_inputs
 
 _FEW_ROWS = tl.constexpr(16)
+
+
+@triton.jit
+def _wait(program, parts, PDL: tl.constexpr):
+    """Wait for earlier kernels: one program is enough, and those without work leave their room at once."""
+    if (parts > 0) | (program == 0):
+        wait_for_inputs(PDL)
 
 
 @triton.jit
@@ -84,6 +94,7 @@ def one_query(
     CAPPED: tl.constexpr,
     FARTHEST: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BESIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One query of one head against a split of the keys of that head; `scales`: those of caches of 8 bits.
@@ -113,8 +124,8 @@ def one_query(
     if scales is not None:
         scale *= tl.load(scales + head)
     base = head.to(tl.int64) * head_stride
-    if (parts > 0) | (program == 0):  # one that waits is enough, and those without work leave their room at once
-        wait_for_inputs(PDL)
+    if not BESIDE:
+        _wait(program, parts, PDL)
     if parts > 0:
         q_d = tl.load(query + query_row * query_stride + head * D + d, in_head, 0.0).to(tl.float32) * scale
         top_n = tl.full([BLOCK_N], FAR, tl.float32)
@@ -180,6 +191,8 @@ def one_query(
                 first = (program - part) * HEADS + head
                 sum_d, weight = _add_up(part_sums + d, part_weights, first, parts, HEADS, BLOCK_D)
                 tl.store(target, (sum_d / weight).to(out.dtype.element_ty), in_head)
+    if BESIDE:
+        _wait(program, parts, PDL)
 
 
 @triton.jit
@@ -218,6 +231,7 @@ def query_group(
     PRECISION: tl.constexpr,
     RUN: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BESIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One query of BLOCK_M heads of a group, or of those that it has, against a split of the keys.
@@ -253,8 +267,8 @@ def query_group(
     if WINDOW:
         begin = tl.maximum(begin, tl.minimum(end, tl.maximum(length - WINDOW, 0) // BLOCK_N * BLOCK_N))
     first_n = blocks(table, begin, end, tl.arange(0, BLOCK_N), BLOCK_SIZE, ONE_BLOCK)
-    if (parts > 0) | (program == 0):  # one that waits is enough, and those without work leave their room at once
-        wait_for_inputs(PDL)
+    if not BESIDE:
+        _wait(program, parts, PDL)
     if parts > 0:
         q_md = tl.load(query + query_row * query_stride + head_m[:, None] * D + d[None, :], mask_md, 0.0)
         position_m = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
@@ -301,3 +315,5 @@ def query_group(
                 first_m = (program - part) * HEADS + head_m
                 sum_md, weight_m = _add_up(part_sums + d[None, :], part_weights, first_m, parts, HEADS, BLOCK_D)
                 tl.store(target, (sum_md / weight_m[:, None]).to(out.dtype.element_ty), mask_md)
+    if BESIDE:
+        _wait(program, parts, PDL)
