@@ -260,7 +260,7 @@ def _single(
         lanes, stages, warps = _cut(queries, narrow)
         return one_query, {"BLOCK_N": lanes, "STAGES": stages, "num_warps": warps}
     rows = group_rows(group)
-    keys, stages, warps = _group_cut(queries, rows, width, wide)
+    keys, stages, warps = _group_cut(queries, rows, width, wide, narrow)
     product = _product(keys, block_size, wide)
     return query_group, {
         **product,
@@ -295,18 +295,18 @@ def _cut(queries: int, narrow: bool) -> tuple[int, int, int]:
     return (8, 3, 1) if 2 < queries <= 128 else (16, 3, 2)
 
 
-def _group_cut(queries: int, rows: int, width: int, wide: bool) -> tuple[int, int, int]:
+def _group_cut(queries: int, rows: int, width: int, wide: bool, narrow: bool) -> tuple[int, int, int]:
     """Keys at a time, stages and warps of a program for single queries of a group of heads, of padded sizes.
 
     Few programs each have much in flight, but leave room for others beside them; with many the memory is busy anyway,
-    and a single warp waits for no other.
+    and a single warp waits for no other. Keys in 8 bits are half as many bytes, and were measured up to 16 queries.
     Measured: docs/performance.md.
     """
     warps = -(-rows * width // 2048)  # 64 registers of a thread hold its share of the sums
     if wide:
         return 16, 1, max(4, warps)
-    if queries <= 16:
-        return min(64, 8192 // width), 2, max(4, warps)
+    if queries <= 16 or (queries <= 128 and not narrow):
+        return min(64, 8192 // width), 3 if 16 < queries <= 48 else 2, max(4, warps)
     if queries <= 32:
         return min(32, 4096 // width), 4, max(2, warps)
     return 16, 3, warps
