@@ -191,9 +191,9 @@ class Engine:
             self._add(request, stream, grammar)
 
     def begin_longest_first(self) -> None:
-        """Let queued requests begin in the order of their greatest output, which without a target nobody notices alone.
+        """Let queued requests begin in the order of their `max_tokens`, the greatest first.
 
-        For who wants all of them and nothing before the last: it comes sooner.
+        For a caller who takes all outputs together: the last of them comes sooner.
         """
         with self._change():
             self.scheduler.begin_longest_first()
