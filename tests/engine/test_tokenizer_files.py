@@ -142,6 +142,37 @@ def test_spaces_are_cleaned_up_as_in_transformers(
     assert "".join(map(stream.add, ids)) + stream.flush() == expected
 
 
+@pytest.mark.parametrize("space", [True, False])
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "GPT2TokenizerFast"])
+def test_a_space_before_a_text_is_that_of_transformers(kind: str, space: bool, make: Make) -> None:
+    """tokenizer.json says that there is none."""
+    from transformers import AutoTokenizer
+
+    folder = make({"add_prefix_space": space, "tokenizer_class": kind})
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    found, reference = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    assert found.encode("some text") == reference("some text").input_ids
+    assert (found.encode("some text")[0] == found.encode(" some text")[0]) == space
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("says", [{"do_lower_case": True}, {"do_lower_case": False}, {"strip_accents": False}], ids=str)
+def test_letters_are_those_of_transformers(says: dict[str, bool], lower: bool, tmp_path: Path) -> None:
+    from tokenizers import normalizers, processors
+    from transformers import AutoTokenizer
+
+    special = ["[CLS]", "[SEP]", "[UNK]", "[PAD]", "[MASK]"]
+    fast = _word_piece([*special, "Some", "some", "Café", "café", "Cafe", "cafe"])
+    fast.add_special_tokens(special)
+    fast.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    fast.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"} | says))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    found, reference = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert found.encode("Some Café") == reference("Some Café").input_ids
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

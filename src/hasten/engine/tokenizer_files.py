@@ -1,7 +1,7 @@
 """The files of a tokenizer's folder: tokenizer.json, and what the files around it add to it.
 
 tokenizer.json alone is read without transformers, which takes seconds to import. Where the other files name tokens that
-it lacks, or change how it begins and ends a text, transformers puts them together.
+it lacks, or change how it prepares, begins and ends a text, transformers puts them together.
 """
 
 import json
@@ -12,12 +12,20 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from hasten.core.errors import CheckpointError
 
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 _TOKENIZER_CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _MASKS = ("[MASK]", "<mask>")
+_OF_BERT = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+"""Settings of tokenizer_config.json, and what the normalizer calls them."""
 
 _CLEAN_UP = "clean_up_tokenization_spaces"
 _CLEAN_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
@@ -47,7 +55,7 @@ def load(path: Path) -> FastTokenizer:
         file = path / "tokenizer.json"
         fast = _from_file(file) if file.is_file() else None
         declared = list(_declared(path))
-        if fast is None or not _is_complete(fast, declared) or _changes_ends(path, fast):
+        if fast is None or not _is_complete(fast, declared) or _changes_ends(path, fast) or _changes_text(path, fast):
             fast = _from_transformers(path)
         _check_ids(fast, declared)
         return fast
@@ -155,6 +163,20 @@ def _changes_ends(folder: Path, fast: FastTokenizer) -> bool:
     said = [config[name] for name in ("add_bos_token", "add_eos_token") if config.get(name) is not None]
     adds = fast.num_special_tokens_to_add(is_pair=False) > 0
     return any(said) or (bool(said) and adds)
+
+
+def _changes_text(folder: Path, fast: FastTokenizer) -> bool:
+    """Whether tokenizer_config.json contradicts tokenizer.json in what becomes of a text before it is tokenized.
+
+    Of the settings that transformers' tokenizers of BERT and GPT-2 have for that, its own win.
+    """
+    before: dict[str, Any] = {}
+    if isinstance(fast.normalizer, BertNormalizer):
+        before = {ours: getattr(fast.normalizer, theirs) for ours, theirs in _OF_BERT.items()}
+    if isinstance(fast.pre_tokenizer, ByteLevel):
+        before["add_prefix_space"] = fast.pre_tokenizer.add_prefix_space
+    config = _json(folder / _TOKENIZER_CONFIG)
+    return any(config.get(name) is not None and config[name] != value for name, value in before.items())
 
 
 def _check_ids(fast: FastTokenizer, declared: list[_Declared]) -> None:
