@@ -15,7 +15,7 @@ from hasten.server.models import text_processing
 from hasten.server.models.config import completed, is_decoupled, parse_config
 from hasten.server.models.ensemble import Ensemble, ordered_steps
 from hasten.server.models.model import Model, Served
-from hasten.server.models.work import Outcome, Stream, Work
+from hasten.server.models.work import Outcome, Work
 from hasten.server.statistics import FailureReason
 from hasten.server.types import ErrorKind, InferRequest, RequestedOutput, ServiceError, Tensor
 
@@ -238,7 +238,7 @@ class Shelf:
 
         return One()
 
-    def run(self, served: Served, request: InferRequest) -> Stream[Outcome]:
+    def run(self, served: Served, request: InferRequest) -> AsyncGenerator[Outcome, None]:
         return served.model.execute(Work("", served.name, {t.name: t for t in request.inputs}, 1, frozenset(), {}))
 
 

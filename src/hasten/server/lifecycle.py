@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any
 
 from hasten.core.errors import CapacityError, HastenError
@@ -24,8 +24,8 @@ from hasten.server.models.text_processing import Postprocessing, Preprocessing
 from hasten.server.models.token_model import TokenModel
 from hasten.server.repository import Description, Repository
 from hasten.server.statistics import Counters
-from hasten.server.types import ErrorKind, InferRequest, ServiceError, invalid
-from hasten.server.version import UNLOADED, LoadFailure, Responses, State, Version, dependencies, load_error
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, invalid
+from hasten.server.version import UNLOADED, LoadFailure, State, Version, dependencies, load_error
 
 StartEngine = Callable[..., Awaitable[EngineClient]]
 Files = Mapping[str, bytes]
@@ -82,7 +82,7 @@ class Registry:
             raise ServiceError(ErrorKind.UNAVAILABLE, f"{unknown} version {version} is not at ready state")
         return numbers[version]
 
-    def run(self, served: Served, request: InferRequest) -> Responses:
+    def run(self, served: Served, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """Compute a request with a version that `find` gave."""
         assert isinstance(served, Version)
         return served.run(request)

@@ -5,7 +5,7 @@ What it says of itself and of models are messages of Triton's protocol, which HT
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from enum import StrEnum
 
@@ -22,7 +22,7 @@ from hasten.server.models.parameters import token_model_of
 from hasten.server.repository import Repository
 from hasten.server.statistics import Counters
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, invalid
-from hasten.server.version import LoadFailure, Responses, State, Tally, Version, version_number
+from hasten.server.version import LoadFailure, State, Tally, Version, version_number
 
 EXTENSIONS = (
     *("classification", "sequence", "model_repository", "model_repository(unload_dependents)", "schedule_policy"),
@@ -111,7 +111,7 @@ class Service:
         assert first is not None, "a model gives one response at least"
         return first
 
-    def stream(self, request: InferRequest) -> Responses:
+    def stream(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """The responses to a request; ServiceError where no such model serves."""
         note_model(request.model)
         return self._find(request.model, request.version).run(request)

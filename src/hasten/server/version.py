@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -19,7 +19,7 @@ from hasten.server.models.interfaces import Kind, datatype_name
 from hasten.server.models.model import Model
 from hasten.server.models.parameters import token_model_of
 from hasten.server.models.validation import Rules
-from hasten.server.models.work import Clock, Outcome, Stream, Work
+from hasten.server.models.work import Clock, Work
 from hasten.server.repository import Description
 from hasten.server.statistics import ModelCounters, Tracked
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, invalid
@@ -102,14 +102,28 @@ class Version:
             if self._users == 0:
                 self._unused.set()
 
-    def run(self, request: InferRequest) -> "Responses":
-        """Compute a request, checked and counted."""
-        return Responses(self, request)
-
-    def begin_request(self, request: InferRequest) -> tuple[Stream[Outcome], Tracked]:
-        """What computes a request and what counts it; ServiceError where it does not fit the configuration."""
+    async def run(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        """The responses to a request, checked and counted. Raises ServiceError alone."""
         work = self._rules.work(request)
-        return self.model.execute(work), self._counters.track(work)
+        outcomes, tracked = self.model.execute(work), self._counters.track(work)
+        number, decoupled = str(self.number), is_decoupled(self.config)
+        with self.use():
+            try:
+                async with aclosing(outcomes):
+                    async for outcome in outcomes:
+                        tracked.respond(decoupled=decoupled)
+                        if outcome.final:
+                            tracked.succeed()
+                        yield InferResponse(request.model, number, request.id, {}, outcome.outputs, outcome.final)
+            except BaseException as error:
+                tracked.fail(error)
+                if isinstance(error, HastenError):
+                    raise service_error(error, request.id) from error
+                if not isinstance(error, Exception):  # the client has left
+                    raise
+                _log.error("model %s version %s failed on a request", self.name, number, exc_info=error)
+                text = f"model '{self.name}' failed; the server's log says more"
+                raise ServiceError(ErrorKind.INTERNAL, text) from error
 
     def tally(self, items: int, begun: int, *, stream: bool = False) -> "Tally":
         """Counts a request of this number of items that reaches its engine past its model; see Tally."""
@@ -125,69 +139,6 @@ class Version:
             await self._model.close(max(0.0, deadline - time.monotonic()))
         self.description = replace(self.description, keep=None)
         self.fail(UNLOADED)
-
-
-class Responses:
-    """The responses to one request of a version, checked and counted; see Stream. Raises ServiceError alone."""
-
-    def __init__(self, version: Version, request: InferRequest) -> None:
-        self._version = version
-        self._request = request
-        self._number = str(version.number)
-        self._decoupled = is_decoupled(version.config)
-        self._held = ExitStack()
-        self._outcomes: Stream[Outcome] | None = None
-        self._tracked: Tracked
-        self._ended = False
-
-    def __aiter__(self) -> "Responses":
-        return self
-
-    async def __anext__(self) -> InferResponse:
-        if self._ended:
-            await self.aclose()
-            raise StopAsyncIteration
-        if (outcomes := self._outcomes) is None:
-            outcomes = self._begin()
-        try:
-            outcome = await anext(outcomes)
-        except BaseException as error:
-            await self._fail(error)
-            raise
-        self._tracked.respond(decoupled=self._decoupled)
-        if outcome.final:
-            self._ended = True
-            self._tracked.succeed()
-        request = self._request
-        return InferResponse(request.model, self._number, request.id, {}, outcome.outputs, outcome.final)
-
-    def _begin(self) -> Stream[Outcome]:
-        self._outcomes, self._tracked = self._version.begin_request(self._request)
-        self._held.enter_context(self._version.use())
-        return self._outcomes
-
-    async def _fail(self, error: BaseException) -> None:
-        """End it with an error, which is raised as a ServiceError where it is not the client's leaving."""
-        self._ended = True
-        self._tracked.fail(error)
-        await self.aclose()
-        if isinstance(error, HastenError):
-            raise service_error(error, self._request.id) from error
-        if isinstance(error, Exception):
-            name, number = self._version.name, self._version.number
-            _log.error("model %s version %d failed on a request", name, number, exc_info=error)
-            raise ServiceError(ErrorKind.INTERNAL, f"model '{name}' failed; the server's log says more") from error
-
-    async def aclose(self) -> None:
-        """See Stream."""
-        self._ended = True
-        if self._outcomes is None:
-            return
-        self._tracked.fail(GeneratorExit())
-        try:
-            await self._outcomes.aclose()
-        finally:
-            self._held.close()
 
 
 class Tally:

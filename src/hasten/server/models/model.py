@@ -1,5 +1,6 @@
 """What every kind of model offers the service."""
 
+from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -7,7 +8,7 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.errors import ConfigError
 from hasten.server.models.parameters import token_model_of
-from hasten.server.models.work import Outcome, Stream, Work
+from hasten.server.models.work import Outcome, Work
 from hasten.server.types import InferRequest, InferResponse
 
 if TYPE_CHECKING:
@@ -26,8 +27,11 @@ class Model(Protocol):
     def engine(self) -> "EngineClient | None":
         """The engine that it owns."""
 
-    def execute(self, work: Work) -> Stream[Outcome]:
-        """Compute a request."""
+    def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+        """Compute a request, from when the first response is awaited; closed, it is withdrawn.
+
+        Raises the HastenError that ended it.
+        """
 
     async def close(self, timeout: float) -> None:
         """Drain requests of other frontends for up to `timeout` seconds, then close."""
@@ -54,7 +58,7 @@ class Models(Protocol):
     def find(self, name: str, version: int = -1) -> Served:
         """The version that serves now, -1 for the newest; ServiceError where there is none."""
 
-    def run(self, served: Served, request: InferRequest) -> Stream[Outcome | InferResponse]:
+    def run(self, served: Served, request: InferRequest) -> AsyncGenerator[Outcome | InferResponse, None]:
         """Compute a request with it, checked and counted as if it had come from outside."""
 
 

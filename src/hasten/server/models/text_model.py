@@ -10,8 +10,7 @@ no name that is not known; among the request's own parameters those are ignored 
 """
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +25,7 @@ from hasten.core.sampling_rules import Entrance
 from hasten.core.structured_outputs import ANY_OBJECT, CONSTRAINTS
 from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.by_size import by_size
-from hasten.server.engine.client import EngineClient
-from hasten.server.engine.ticket import Progress, Ticket
+from hasten.server.engine.ticket import Progress
 from hasten.server.engine.wire import CompletionDelta, EngineInfo
 from hasten.server.json_size import check_json_size
 from hasten.server.models.config import is_decoupled
@@ -201,59 +199,26 @@ class TextModel(DependentModel):
             )
         self.token_model_tokenizer()
 
-    def execute(self, work: Work) -> "_Responses":
+    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """One response, or with `stream` one whenever there is more."""
-        return _Responses(self, work)
-
-    def check_stream(self, name: str) -> None:
-        """ServiceError where it cannot stream; `name`: its own."""
-        if not self._decoupled:
-            raise ServiceError(ErrorKind.UNSUPPORTED, f"model '{name}' is not decoupled and cannot stream")
-
-
-class _Responses:
-    """The responses to one request; see Stream."""
-
-    def __init__(self, model: TextModel, work: Work) -> None:
-        self._model = model
-        self._work = work
-        self._held = ExitStack()
-        self._engine: EngineClient
-        self._ticket: Ticket | None = None
-        self._reply: _Reply
-        self._ended = False
-
-    def __aiter__(self) -> "_Responses":
-        return self
-
-    async def __anext__(self) -> Outcome:
-        if self._ended:
-            raise StopAsyncIteration
-        ticket = self._ticket or await self._begin()
-        progress = await ticket.read()
-        self._work.clock.wait(progress.queue_seconds)
-        self._work.clock.compute()
-        self._ended = progress.finished
-        return Outcome(await by_size(progress.size, self._reply.tensors, progress), progress.finished)
-
-    async def _begin(self) -> Ticket:
-        work, served = self._work, self._model.find()
-        self._held.enter_context(served.use())
-        self._engine = self._model.token_engine(served)
-        request = read_text(work, self._engine.info)
-        if request.stream:
-            self._model.check_stream(work.model)
-        work.clock.prepare()
-        self._reply = _Reply(request, work)
-        self._ticket = await self._engine.submit(request.prompt, request.params, work.queueing, stream=request.stream)
-        return self._ticket
-
-    async def aclose(self) -> None:
-        """See Stream."""
-        self._ended = True
-        if self._ticket is not None:
-            self._engine.withdraw(self._ticket)
-        self._held.close()
+        served = self.find()
+        with served.use():
+            engine = self.token_engine(served)
+            request = read_text(work, engine.info)
+            if request.stream and not self._decoupled:
+                raise ServiceError(ErrorKind.UNSUPPORTED, f"model '{work.model}' is not decoupled and cannot stream")
+            work.clock.prepare()
+            reply, finished = _Reply(request, work), False
+            ticket = await engine.submit(request.prompt, request.params, work.queueing, stream=request.stream)
+            try:
+                while not finished:
+                    progress = await ticket.read()
+                    finished = progress.finished
+                    work.clock.wait(progress.queue_seconds)
+                    work.clock.compute()
+                    yield Outcome(await by_size(progress.size, reply.tensors, progress), finished)
+            finally:
+                engine.withdraw(ticket)
 
 
 class _Reply:

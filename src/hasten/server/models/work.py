@@ -2,9 +2,8 @@
 
 import difflib
 import time
-from collections.abc import AsyncIterable, Awaitable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +11,6 @@ from numpy.typing import NDArray
 from hasten.core.sampling import RULES
 from hasten.server.engine.queue import DEFAULT_QUEUEING, Queueing
 from hasten.server.types import Parameter, Tensor, invalid
-
-Item_co = TypeVar("Item_co", covariant=True)
 
 _SAMPLING = frozenset(RULES) | {
     *("max_new_tokens", "max_length", "do_sample", "num_beams", "stop_sequences", "typical_p", "best_of"),
@@ -97,17 +94,3 @@ class Outcome:
     outputs: list[Tensor]
     final: bool
     """Whether it is the last one."""
-
-
-class Stream(AsyncIterable[Item_co], Protocol[Item_co]):
-    """What comes of a request, as it comes. Nothing is computed before the first item is awaited.
-
-    Asynchronous generators are streams. Those with an item per token are objects with `__anext__` instead, so that no
-    chain of generators runs for each token. Raises the HastenError that ended the request.
-    """
-
-    def __anext__(self) -> Awaitable[Item_co]:
-        """The next item."""
-
-    async def aclose(self) -> None:
-        """Withdraw the request if it has not ended. To be called by whoever has begun to read."""

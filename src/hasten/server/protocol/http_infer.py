@@ -5,7 +5,7 @@ Triton's generate extension has an inference as one flat JSON object each way.
 
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,6 @@ from hasten.server.types import ErrorKind, InferRequest, InferResponse, Paramete
 
 if TYPE_CHECKING:
     from hasten.server.service import Service
-    from hasten.server.version import Responses
 
 ONE_RESPONSE = (
     "generate expects model to produce exactly 1 response, use generate stream for model that generates various "
@@ -228,7 +227,7 @@ class InferRoutes:
 class _ResponseEvents:
     """Responses as events; see Events."""
 
-    def __init__(self, responses: "Responses") -> None:
+    def __init__(self, responses: AsyncGenerator[InferResponse, None]) -> None:
         self._responses = responses
 
     async def first(self) -> bytes:
