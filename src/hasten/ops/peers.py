@@ -23,7 +23,7 @@ class Peers:
     abort_flag: Tensor
     """[1], int32, written by the host: non-zero once a peer has failed; kernels then stop polling."""
     fixed_order: bool = False
-    """Whether sums of any number of rows go through the mailboxes, by one program: a row's bits depend on no other."""
+    """Whether sums of any number of rows go through the mailboxes: a row's bits depend on no other."""
 
     def takes(self, rows: int) -> bool:
         """Whether a sum of `rows` goes through the mailboxes."""

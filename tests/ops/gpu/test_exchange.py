@@ -205,10 +205,11 @@ def test_rows_count_their_exchanges_by_themselves(device: torch.device, assert_c
 
 
 @pytest.mark.parametrize(("dtype", "split"), KINDS, ids=str)
+@pytest.mark.parametrize("width", [100, 4096, 8192])
 def test_in_a_fixed_order_rows_take_turns_and_a_row_is_the_same_alone(
-    dtype: torch.dtype, split: int, device: torch.device, assert_close: Close
+    width: int, dtype: torch.dtype, split: int, device: torch.device, assert_close: Close
 ) -> None:
-    width, slots, rows = 100, 4, 7  # a mailbox holds two rows of a slot, so nobody has to wait for the other here
+    slots, rows = 4, 7  # a mailbox holds two rows of a slot, so nobody has to wait for the other here
     case = Case.of(2, rows, width, dtype, device, split)
 
     def run(case: Case, most: int) -> tuple[list[tuple[Tensor, Tensor]], list[Peers]]:

@@ -5,7 +5,8 @@ two 16-bit values and the number of the exchange, and such a word is written as 
 may be one exchange ahead of another, never two, since it waits for the other's words. Should a rank die, the host says
 so in memory of its own, which the others look at when they have waited for long. Every rank adds the parts up in the
 order of ranks, so all hold the same bits. Where a row's bits may not depend on other rows either, all numbers of rows
-take this way: NCCL adds in another order, and the plain norm adds up a row in another one.
+take this way: NCCL adds in another order, and the plain norm adds up a row in another one. A row that has a mailbox of
+its own, and one that waits for its turn, are computed by the same lines, whose sums the compiler lays out alike.
 
 Shapes: t tokens, h hidden.
 """
@@ -24,6 +25,9 @@ POLLS_PER_ABORT_CHECK = tl.constexpr(4096)
 """Polls of the mailbox, some milliseconds, between two reads of the host's abort flag."""
 _MOST_WARPS, _WIDE = 16, 8192
 """Of a row; twice as many where it is wider than that, so that each thread's values fit into its registers."""
+_MOST_TURNING_WIDTH, _TURNING_REGISTERS = 4096, 64
+"""Where rows take turns, a thread has so few registers that a multiprocessor has two programs, one of which computes
+while the other waits. Wider rows have more than eight values a thread, for which that would not be enough."""
 
 
 @triton.jit
@@ -209,6 +213,11 @@ def _warps(width: int) -> int:
     return max(1, min(most, triton.next_power_of_2(width) // 256))
 
 
+def _registers(turns: bool, weight_h: Tensor) -> dict[str, int]:
+    few = turns and weight_h.is_cuda and len(weight_h) <= _MOST_TURNING_WIDTH
+    return {"maxnreg": _TURNING_REGISTERS} if few else {}
+
+
 def exchange_norm(
     sum_: PartialSum,
     peers: Peers,
@@ -223,6 +232,7 @@ def exchange_norm(
     rows, width = sum_.shape
     assert peers.takes(rows)
     assert width == peers.width
+    turns = rows > peers.max_rows
     out_th = with_room(weight_h, rows, width)
     total_th = weight_h.new_empty(rows, width)
     _exchange_norm[(min(rows, peers.max_rows),)](
@@ -240,7 +250,7 @@ def exchange_norm(
         RANK=peers.rank,
         RANKS=peers.size,
         MAX_ROWS=peers.max_rows,
-        ANY_ROWS=peers.fixed_order,
+        ANY_ROWS=turns,
         H=width,
         PAIRS=triton.next_power_of_2(width) // 2,
         **constants_of(sum_),
@@ -248,6 +258,7 @@ def exchange_norm(
         RMS=rms,
         OFFSET=unit_offset,
         num_warps=_warps(width),
+        **_registers(turns, weight_h),
         **overlapped(weight_h),
     )
     return out_th, total_th
