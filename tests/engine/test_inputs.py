@@ -377,9 +377,10 @@ def test_sizes_of_steps_with_prompts(most: int, sequences: int) -> None:
     assert all(size.outputs == min(size.tokens, sequences) for size in result)
     for count in range(33, tokens[-1] + 1):
         size = next(size for size in tokens if size >= count)
-        assert size - count < max(32, size // 8)
+        # there is no graph of 448 tokens, which takes longer than one of 512
+        assert size - count < max(32, size // (7 if 416 < count <= 448 else 8))
 
 
 def test_the_sizes_of_the_defaults() -> None:
     assert [size.tokens for size in decode_sizes(256)] == [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16)]
-    assert len(mixed_sizes(8192, 256)) == 30
+    assert len(mixed_sizes(8192, 256)) == 29
