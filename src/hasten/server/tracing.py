@@ -146,6 +146,12 @@ def operation_of(call: str, params: SamplingParams | PoolingParams) -> str:
     return "chat" if any(name in call for name in chats) else "text_completion"
 
 
+def _about(request: EndedRequest, operation: str) -> dict[str, Any]:
+    """What spans and metrics say of a request."""
+    models = dict.fromkeys(("gen_ai.request.model", "gen_ai.response.model"), request.model)
+    return {"gen_ai.operation.name": operation, "gen_ai.provider.name": "hasten", **models}
+
+
 class TracedCall:
     """The span of a call, and those of its requests."""
 
@@ -210,11 +216,7 @@ class TracedCall:
 
 
 def _attributes(request: EndedRequest, operation: str) -> dict[str, Any]:
-    attributes: dict[str, Any] = {
-        "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": "hasten",
-        "gen_ai.request.model": request.model,
-        "gen_ai.response.model": request.model,
+    attributes = _about(request, operation) | {
         "gen_ai.usage.input_tokens": request.prompt_tokens,
         "gen_ai.usage.cache_read.input_tokens": request.cached_tokens,
         "gen_ai.usage.output_tokens": request.output_tokens,
@@ -273,17 +275,10 @@ class OtelMetrics:
 
     def record(self, call: str, request: EndedRequest) -> None:
         """Count a request of a call with this name."""
-        attributes = {
-            "gen_ai.operation.name": operation_of(call, request.params),
-            "gen_ai.provider.name": "hasten",
-            "gen_ai.request.model": request.model,
-            "gen_ai.response.model": request.model,
-        }
-        if request.error is not None:
-            self._duration.record(request.ended - request.arrived, {**attributes, "error.type": request.error})
-            return
-        self._duration.record(request.ended - request.arrived, attributes)
-        if request.first_token is None:
+        attributes = _about(request, operation_of(call, request.params))
+        failed = {} if request.error is None else {"error.type": request.error}
+        self._duration.record(request.ended - request.arrived, attributes | failed)
+        if failed or request.first_token is None:
             return
         self._first_token.record(request.first_token - request.arrived, attributes)
         rest = request.output_tokens - max(1, len(request.reasons))

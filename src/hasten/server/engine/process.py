@@ -130,20 +130,13 @@ class EngineLoop:
         self._coalescer = coalescer
         self._changed = False
         """Whether there is anything that the server does not know."""
-        self._began = 0.0
-        """When the last step began."""
+        self._next = Step()
+        """What the server does not know: the next message to it."""
         self._not_begun: set[str] = set()
-        self._started: set[str] = set()
-        self._refused: list[Refusal] = []
-        self._expired: list[int] = []
         self._compiling: dict[int, tuple[Add, Future[Grammar]]] = {}
         """Requests that wait for their grammar: they are not the engine's yet."""
         self._state_sent = 0.0
         """When the server last heard of the engine's state."""
-        self._began_compiling: list[int] = []
-        self._compiled: list[int] = []
-        self._computed: list[Computed] = []
-        """Steps that the server does not know."""
         self._blocks = engine.scheduler.blocks.watch = BlockWatch()
         self._ends = deque([0.0], maxlen=engine.worker.stage.size)
         """When the last steps ended: as many as a completion waits for from one of its tokens to the next."""
@@ -174,7 +167,7 @@ class EngineLoop:
                 self._abort(message.id)
             elif isinstance(message, Expire) and str(message.id) in self._not_begun:
                 self._abort(message.id)
-                self._expired.append(message.id)
+                self._next.expired.append(message.id)
 
     def _add(self, message: Add) -> None:
         """Give the engine a request, at once or when its grammar is compiled."""
@@ -189,7 +182,7 @@ class EngineLoop:
             self._refuse(message.id, EngineError(f"{_MOST_COMPILING} requests wait for their grammars already"))
             return
         self._compiling[message.id] = (message, future)
-        self._began_compiling.append(message.id)
+        self._next.compiling.append(message.id)
         future.add_done_callback(lambda _: self._channel.wake())
 
     def _admit_compiled(self) -> None:
@@ -197,7 +190,7 @@ class EngineLoop:
             if future.done():
                 self._changed = True
                 del self._compiling[number]
-                self._compiled.append(number)
+                self._next.compiled.append(number)
                 self._admit(message, future)
 
     def _admit(self, message: Add, grammar: "Future[Grammar] | None") -> None:
@@ -223,7 +216,7 @@ class EngineLoop:
 
     def _refuse(self, number: int, error: Exception) -> None:
         text = str(error).removeprefix(f"request {number}: ")
-        self._refused.append(Refusal(number, type(error).__name__, text))
+        self._next.refused.append(Refusal(number, type(error).__name__, text))
         self._not_begun.discard(str(number))
 
     def _abort(self, number: int) -> None:
@@ -237,22 +230,23 @@ class EngineLoop:
 
     def _step(self) -> None:
         """Compute a step."""
-        self._began = time.monotonic()
+        self._next.began = time.monotonic()
         tally = self._engine.tally
         computed, continued = tally.computed, tally.generated - tally.first
         for state in self._engine.advance():
             self._coalescer.put(int(state.request.request_id), state.shown, finished=state.unfinished == 0)
         self._note(tally.computed - computed, tally.generated - tally.first - continued)
         if self._not_begun:
-            self._started = self._not_begun - self._engine.waiting - set(map(str, self._compiling))
-            self._not_begun -= self._started
+            started = self._not_begun - self._engine.waiting - set(map(str, self._compiling))
+            self._not_begun -= started
+            self._next.started += map(int, started)
         self._changed = True
 
     def _note(self, tokens: int, continued: int) -> None:
         """Note what a step was, for the server's metrics."""
         now = time.monotonic()
         if tokens or continued:
-            self._computed.append(Computed(tokens, now - self._ends[0], continued))
+            self._next.computed.append(Computed(tokens, now - self._ends[0], continued))
         self._ends.append(now)
 
     def _send(self) -> None:
@@ -261,9 +255,9 @@ class EngineLoop:
         State alone can wait: a message costs as much as a third of a short step. It goes with whatever begins or ends
         a request, and when there is nothing more to compute, so that what the server knows is never old for long.
         """
-        now = time.monotonic()
+        now, step = time.monotonic(), self._next
         idle = not self._engine.has_unfinished
-        events = self._started or self._refused or self._expired or self._began_compiling or self._compiled
+        events = step.started or step.refused or step.expired or step.compiling or step.compiled
         if not (idle or events or self._coalescer.has_news or now - self._state_sent > _STATE_S):
             return
         everything = idle or self._coalescer.is_due(now)
@@ -272,25 +266,13 @@ class EngineLoop:
         with_state = bool(idle or events or is_old or any(output.finished for output in outputs))
         if not (outputs or with_state):
             return
-        step = Step(
-            self._state() if with_state else None,
-            outputs,
-            [int(name) for name in self._started],
-            self._began,
-            self._refused,
-            self._expired,
-            self._began_compiling,
-            self._compiled,
-            now,
-            self._computed,
-            self._blocks.take(),
-        )
+        step.stats = self._state() if with_state else None
+        step.outputs, step.sent, step.blocks = outputs, now, self._blocks.take()
         self._channel.send(step)
         self._coalescer.sent()
         if with_state:
             self._state_sent = now
-        self._started, self._refused, self._expired = set(), [], []
-        self._began_compiling, self._compiled, self._computed = [], [], []
+        self._next = Step(began=step.began)
         self._changed = not everything or self._coalescer.goes_on
 
     def _state(self) -> EngineStats:

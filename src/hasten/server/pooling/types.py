@@ -53,17 +53,28 @@ class EmbeddingRequest(InputRequest, kw_only=True):
         return PoolingParams(dimensions=self.dimensions, normalize=self.normalize, truncate_prompt_tokens=truncate)
 
 
-class PoolingRequest(InputRequest, kw_only=True):
+class ActivationRequest(InputRequest, kw_only=True):
+    """What requests for scores have in common."""
+
+    activation: bool | None = None
+    use_activation: bool | None = None
+    softmax: bool | None = None
+    """Both are vLLM's other names of `activation`."""
+
+    @property
+    def activates(self) -> bool:
+        """Whether scores are probabilities: the first of the three that is given, or else they are."""
+        given = (self.activation, self.use_activation, self.softmax)
+        return next((value for value in given if value is not None), True)
+
+
+class PoolingRequest(ActivationRequest, kw_only=True):
     """POST /pooling."""
 
     task: PoolingTask | None = None
     encoding_format: str | None = None
     dimensions: int | None = None
     normalize: bool | None = None
-    activation: bool | None = None
-    softmax: bool | None = None
-    use_activation: bool | None = None
-    """Both are vLLM's other names of `activation`."""
     top_k: int | None = None
     """How many words each mask gets, by default 5; for the task fill_mask alone, like `targets`."""
     targets: str | list[str | int] | None = None
@@ -75,7 +86,7 @@ class PoolingRequest(InputRequest, kw_only=True):
             task=self.task or task,
             dimensions=self.dimensions,
             normalize=self.normalize,
-            activation=_activation(self.activation, self.use_activation, self.softmax),
+            activation=self.activates,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             **self._of_masks(tokenizer),
         )
@@ -89,23 +100,13 @@ class PoolingRequest(InputRequest, kw_only=True):
         return found
 
 
-class ClassifyRequest(InputRequest, kw_only=True):
+class ClassifyRequest(ActivationRequest, kw_only=True):
     """POST /classify."""
-
-    activation: bool | None = None
-    use_activation: bool | None = None
-    softmax: bool | None = None
 
     def params(self) -> PoolingParams:
         """What to make of each text."""
-        activation = _activation(self.activation, self.use_activation, self.softmax)
         truncate = self.truncate_prompt_tokens
-        return PoolingParams(task="classify", activation=activation, truncate_prompt_tokens=truncate)
-
-
-def _activation(*given: bool | None) -> bool:
-    values = [value for value in given if value is not None]
-    return values[0] if values else True
+        return PoolingParams(task="classify", activation=self.activates, truncate_prompt_tokens=truncate)
 
 
 class ScoreRequest(TextsRequest, kw_only=True):

@@ -245,21 +245,16 @@ def placements(outputs: Sequence[RequestedOutput], memory: SharedMemory) -> dict
 
 def deliver(response: InferResponse, wanted: Mapping[str, Placement], *, batched: bool) -> set[str]:
     """Do with a response's outputs what is wanted; the names of those that are in shared memory now."""
-    if not wanted:
-        return set()
-    return {output.name for output in response.outputs if _deliver(response, output, wanted, batched=batched)}
-
-
-def _deliver(response: InferResponse, output: Tensor, wanted: Mapping[str, Placement], *, batched: bool) -> bool:
-    what = wanted.get(output.name)
-    if what is None:
-        return False
-    if what.slice is not None:
-        what.slice.write(output.name, to_bytes(output))
-        return True
-    at = next(at for at, each in enumerate(response.outputs) if each is output)
-    response.outputs[at] = classify(output, what.classes, batched=batched)
-    return False
+    elsewhere = set[str]()
+    for at, output in enumerate(response.outputs if wanted else ()):
+        if (what := wanted.get(output.name)) is None:
+            continue
+        if what.slice is None:
+            response.outputs[at] = classify(output, what.classes, batched=batched)
+        else:
+            what.slice.write(output.name, to_bytes(output))
+            elsewhere.add(output.name)
+    return elsewhere
 
 
 def classify(tensor: Tensor, classes: int, *, batched: bool) -> Tensor:
