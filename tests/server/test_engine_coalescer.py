@@ -98,26 +98,27 @@ def test_streams_pause_for_what_they_cost_where_the_engine_wants_all_cores() -> 
     assert pause_per_cpu_second(cores=16, engine_threads=1) == 0
     assert pause_per_cpu_second(cores=2, engine_threads=1) == 0
     pause = pause_per_cpu_second(cores=2, engine_threads=2)
-    assert pause == pytest.approx(40)
+    assert pause == pytest.approx(20)
     coalescer = OutputCoalescer(pause)
     for number in range(2):
         coalescer.begin(number, stream=True)
     assert coalescer.is_due(0.0)
     coalescer.sent()
     assert not coalescer.is_due(100.0)
-    coalescer.acknowledge(1, 0.001, now=1.0)
-    assert not coalescer.is_due(1.039)
-    assert coalescer.is_due(1.041)
+    coalescer.acknowledge(1, 0.01, now=1.0)
+    assert not coalescer.is_due(1.19)
+    assert coalescer.is_due(1.21)
 
 
-def test_no_pause_is_longer_than_a_tenth_of_a_second() -> None:
-    coalescer = OutputCoalescer(pause_per_cpu_second=40)
-    for number in range(256):
+@pytest.mark.parametrize(("cpu_seconds", "pause"), [(0.001, 0.04), (0.003, 0.1), (0.005, 0.1), (0.02, 0.4)])
+def test_pauses_are_doubled_while_text_flows(cpu_seconds: float, pause: float) -> None:
+    coalescer = OutputCoalescer(pause_per_cpu_second=20)
+    for number in range(64):
         coalescer.begin(number, stream=True)
     coalescer.sent()
-    coalescer.acknowledge(1, 0.02, now=1.0)
-    assert not coalescer.is_due(1.099)
-    assert coalescer.is_due(1.101)
+    coalescer.acknowledge(1, cpu_seconds, now=1.0)
+    assert coalescer.is_due(1.001 + pause)
+    assert not coalescer.is_due(0.999 + pause)
     coalescer.sent()
     coalescer.sent()
     coalescer.acknowledge(1, 0.0, now=2.0)

@@ -27,10 +27,11 @@ from hasten.server.engine.wire import CompletionDelta, FirstToken, Output, Poole
 
 EngineOutput = RequestOutput | PoolingRequestOutput[PooledOutput]
 
-_STREAMS_SHARE = 1 / 80
+_STREAMS_SHARE = 1 / 40
 """Of the cores that engine and server compete for, so much may go to writing streams; more slows down all of them."""
-_MOST_PAUSE_S = 0.1
-"""Readers see text that comes ten times a second as flowing."""
+_FLOWING_S = 0.1
+"""Text that comes ten times a second flows for its readers: up to this, pauses are twice as long, and half as much goes
+to writing."""
 
 
 def pause_per_cpu_second(cores: float, engine_threads: int) -> float:
@@ -150,7 +151,8 @@ class OutputCoalescer:
     def acknowledge(self, messages: int, cpu_seconds: float, now: float) -> None:
         """The server has written messages to their streams, which cost it this CPU time."""
         self._in_flight -= messages
-        self._next_at = now + min(_MOST_PAUSE_S, cpu_seconds * self._pause_per_cpu_second)
+        pause = cpu_seconds * self._pause_per_cpu_second
+        self._next_at = now + max(pause, min(_FLOWING_S, 2 * pause))
 
     def is_due(self, now: float) -> bool:
         """Whether all streams may have what there is; `now` in seconds.
