@@ -159,6 +159,22 @@ def test_calls_are_the_same_in_any_pieces(form: ToolForm, text: str, right: Answ
         assert read(form, text, length) == right
 
 
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'),
+        (QWEN_CODER, f"<tool_call>\n{xml(a=1)}\n</tool_call>"),
+        (SEED, f"<seed:tool_call>{xml(a=1)}</seed:tool_call>"),
+    ],
+    ids=lambda value: value.name if isinstance(value, ToolForm) else "",
+)
+def test_a_closing_mark_that_is_cut_is_no_text(form: ToolForm, text: str) -> None:
+    """As by the limit of tokens."""
+    for cut in range(text.rindex("</"), len(text)):
+        for length in (1, 10_000):
+            assert read(form, text[:cut], length) == ("", [F])
+
+
 def test_of_more_calls_than_may_be_none_is_given() -> None:
     call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
     assert read(HERMES, f"{call}\n{call}{call}done", 3, max_calls=1) == ("done", [F])

@@ -309,8 +309,8 @@ class ToolParser(StepReader):
         if closing and rest == closing:
             self._step = self._text
             return begin + len(closing)
-        if closing and closing.startswith(rest) and not last:
-            return at
+        if closing and closing.startswith(rest):
+            return len(text) if last else at  # an answer may be cut within the mark, which is no text for that
         if not closing and text[begin] in ",;]":
             return begin + 1
         if not closing and text[begin] == "{" and (self._form.is_list or self._form.begins_bare):

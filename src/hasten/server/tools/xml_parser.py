@@ -142,8 +142,9 @@ class XmlToolParser(StepReader):
         self._step = self._text
         if rest == closing:
             return begin + len(closing)
-        if closing.startswith(rest) and not last and begin - at <= MAX_SPACE:
+        if closing.startswith(rest) and begin - at <= MAX_SPACE:
             self._step = self._closed
+            return len(text) if last else at  # an answer may be cut within the mark, which is no text for that
         return at
 
     def _release(self) -> None:
