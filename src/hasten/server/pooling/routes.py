@@ -58,16 +58,10 @@ def listed(prefix: str, model: str, entries: Iterable[dict[str, Any]], usage: Us
     return _encode(head)[:-1] + b',"data":[' + data + b'],"usage":' + _encode(usage.as_json()) + b"}"
 
 
-def embeddings(results: Sequence[Result], form: NumberForm) -> Iterable[dict[str, Any]]:
-    """Entries of /v1/embeddings."""
+def pooled(kind: str, field: str, results: Sequence[Result], form: NumberForm) -> Iterable[dict[str, Any]]:
+    """Entries of /v1/embeddings and /pooling, whose numbers are in `field`."""
     for index, result in enumerate(results):
-        yield {"object": "embedding", "index": index, "embedding": form(result.numbers)}
-
-
-def pooled(results: Sequence[Result], form: NumberForm) -> Iterable[dict[str, Any]]:
-    """Entries of /pooling."""
-    for index, result in enumerate(results):
-        yield {"object": "pooling", "index": index, "data": form(result.numbers)}
+        yield {"object": kind, "index": index, field: form(result.numbers)}
 
 
 def filled(results: Sequence[Result], tokenizer: Tokenizer) -> Iterable[dict[str, Any]]:
@@ -161,7 +155,9 @@ async def _embeddings(body: EmbeddingRequest, model: str, call: PoolingCall) -> 
     form, params, prompts = number_form(body.encoding_format), body.params(), body.prompts()
     before = instruction(call.info.texts, None, body.prompt_name)
     results = await call.prompts(prompts, params, before)
-    return await by_size(_size(results), listed, "embd", model, embeddings(results, form), call.usage)
+    return await by_size(
+        _size(results), listed, "embd", model, pooled("embedding", "embedding", results, form), call.usage
+    )
 
 
 async def _pooling(body: PoolingRequest, model: str, call: PoolingCall) -> bytes:
@@ -170,7 +166,7 @@ async def _pooling(body: PoolingRequest, model: str, call: PoolingCall) -> bytes
     params = body.params(call.info.tasks[0], tokenizer)
     before = instruction(call.info.texts, None, None) if params.task == "embed" else None
     results = await call.prompts(prompts, params, before)
-    size, entries = _size(results), pooled(results, form)
+    size, entries = _size(results), pooled("pooling", "data", results, form)
     if params.task == "fill_mask":
         assert tokenizer is not None, "no mask would be known, and a text without one is refused"
         size *= 1 + max(len(result.prompt_token_ids) for result in results)
