@@ -178,6 +178,8 @@ class Metrics:
         language = [(labels, each.language.total) for labels, each in models if each.language is not None]
         engines = self._service.engines()
         clients = [(_model(key), engine) for key, engine in engines.items()]
+        # each engine by the first of the names that clients of OpenAI's API know it by
+        names = {key: name for name, key in reversed(models_by_id(engines, self._service.text_models()).items())}
         replicas = [
             ({**labels, "replica": str(index)}, replica)
             for labels, engine in clients
@@ -194,7 +196,7 @@ class Metrics:
             families("hasten_", _STATS, [(labels, engine.stats()) for labels, engine in clients]),
             families("hasten_replica_", _REPLICA, replicas),
             families("hasten_replica_", _REPLICA_STATS, [(labels, replica.stats()) for labels, replica in replicas]),
-            vllm_families({name: engines[key] for name, key in self._names().items()}),
+            vllm_families({name: engines[key] for key, name in names.items()}),
             families("hasten_", _SERVER, [({}, self)]),
             families("hasten_", (_CALLS,), [({"api": api, "status": status}, count) for (api, status), count in calls]),
             self._machine.families(),
@@ -209,11 +211,6 @@ class Metrics:
             return Response(self.text(), headers={"content-type": CONTENT_TYPE})
 
         return [Route("/metrics", metrics)]
-
-    def _names(self) -> dict[str, Key]:
-        """The engines, each by the first of the names that clients of OpenAI's API know it by."""
-        names = {key: name for name, key in reversed(models_by_id(self._service).items())}
-        return {name: key for key, name in names.items()}
 
     def _is_decoupled(self, labels: Labels) -> bool:
         try:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,17 +22,17 @@ Key = tuple[str, str]
 _GENERATION = SamplingParams()
 
 
-def models_by_id(service: "Service") -> dict[str, Key]:
-    """Model and version of the engines by the names that clients use.
+def models_by_id(engines: Iterable[Key], text_models: Mapping[str, str]) -> dict[str, Key]:
+    """Model and version of the engines by the names that clients use; `text_models`: each with its token model.
 
     A name stands for the newest version, `MODEL:VERSION` for another one. Names of text models come first: one is
     called as its checkpoint is, while the token model mostly has the name of its interface.
     """
     versions: dict[str, list[str]] = {}
-    for name, version in service.engines():
+    for name, version in engines:
         versions.setdefault(name, []).append(version)
     newest = {name: (name, max(numbers, key=int)) for name, numbers in sorted(versions.items())}
-    models = {name: newest[token] for name, token in service.text_models().items() if token in newest} | newest
+    models = {name: newest[token] for name, token in text_models.items() if token in newest} | newest
     for name, numbers in versions.items():
         if len(numbers) > 1:
             models |= {f"{name}:{version}": (name, version) for version in sorted(numbers, key=int)}
@@ -116,7 +116,8 @@ class ModelFinder:
     def _served(self) -> _Serving:
         """What serves now. All requests that come in one turn of the event loop share it: they come in bursts."""
         if self._serving is None:
-            self._serving = _Serving(models_by_id(self._service), self._service.engines())
+            engines = self._service.engines()
+            self._serving = _Serving(models_by_id(engines, self._service.text_models()), engines)
             asyncio.get_running_loop().call_soon(self._forget)
         return self._serving
 

@@ -83,7 +83,7 @@ async def server_state(service: "Service", prompts: ChatPrompts) -> dict[str, An
     `time` is in seconds, of a clock that only goes forward.
     """
     engines = service.engines()
-    ids = {key: name for name, key in reversed(models_by_id(service).items())}
+    ids = {key: name for name, key in reversed(models_by_id(engines, service.text_models()).items())}
     others = [
         {"name": entry.name, "version": entry.version, "state": entry.state, "reason": entry.reason}
         for entry in service.index()
