@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def test_logits_token_ids_and_vectors_in_the_same_steps(llm: LLM, bert: Path) ->
         for mask, row_ids, row_scores in zip(masks, best.indices, best.values, strict=True):
             assert [word.token for word in mask] == row_ids.tolist()
             assert [word.score for word in mask] == pytest.approx(row_scores.tolist(), abs=BOUND)
+    for options, count in (({"pooling_params": replace(params, top_k=2)}, 2), ({"pooling_params": params}, 5)):
+        assert {len(mask) for mask in words(llm, text, **options)[0]} == {count}
     alone = llm.embed(text)[0].outputs.embedding
     engine = llm.engine
     indices = tuple(index for index, token in enumerate(ids) if token == tokenizer.mask_token_id)

@@ -130,6 +130,8 @@ def test_normalized(llm: LLM, hidden: dict[str, Tensor]) -> None:
         assert (found - mean / mean.norm()).abs().max() < BOUND
     (raw,) = vectors(llm.embed(TEXTS[0], pooling_params=PoolingParams(normalize=False)))
     assert (raw - hidden[TEXTS[0]].mean(0)).abs().max() < BOUND
+    (same,) = vectors(llm.encode(TEXTS[0], PoolingParams(normalize=False)))
+    assert torch.equal(same, raw)
     (short,) = vectors(llm.embed(TEXTS[0], pooling_params=PoolingParams(dimensions=8)))
     assert (short - raw[:8] / raw[:8].norm()).abs().max() < BOUND
 

@@ -90,9 +90,9 @@ class PoolingMethods(ABC):
     def encode(
         self,
         prompts: Prompt | Iterable[Prompt],
+        pooling_params: PoolingParams | None = None,
         *,
         pooling_task: PoolingTask | None = None,
-        pooling_params: PoolingParams | None = None,
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
     ) -> list[PoolingRequestOutput[Any]]:
@@ -108,7 +108,7 @@ class PoolingMethods(ABC):
         self,
         prompts: Prompt | Iterable[Prompt],
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
         targets: str | Sequence[str | int] | None = None,
         pooling_params: PoolingParams | None = None,
         truncate_prompt_tokens: int | None = None,
@@ -116,11 +116,14 @@ class PoolingMethods(ABC):
     ) -> list[PoolingRequestOutput[FillMaskOutput]]:
         """The `top_k` most probable words of each mask of each text: `outputs.candidates`, a list for each mask.
 
+        Without `top_k` they are as many as `pooling_params` says, which is 5 by default.
         A word has the names of transformers' pipeline: `score`, `token`, `token_str` and `sequence`. With `targets`,
         words or token ids, a mask gets the most probable of these; their scores are those among all words.
         """
         tokenizer = self.engine.tokenizer
-        params = replace(pooling_params or PoolingParams(), task="fill_mask", top_k=top_k)
+        params = replace(pooling_params or PoolingParams(), task="fill_mask")
+        if top_k is not None:
+            params = replace(params, top_k=top_k)
         self._pooler("fill_mask").check(params)
         if targets is not None:
             params = replace(params, targets=target_ids(tokenizer, targets))
