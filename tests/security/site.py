@@ -25,7 +25,7 @@ from hasten.server.create import model_configs, write_repository
 
 KEY, OTHER_KEY = "key-of-a", "key-of-b"
 TEXT, TOKENS, VECTORS, VECTOR_TOKENS = "demo-model", "fastertransformer", "tiny", "tiny-ids"
-REFUSED = frozenset({400, 401, 403, 404, 408, 413, 414, 422, 431, 501, 503})
+REFUSED = frozenset({400, 401, 403, 404, 408, 413, 414, 415, 422, 431, 501, 503})
 VOCABULARY = 1024
 _TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 _CALLS = "/inference.GRPCInferenceService/"
