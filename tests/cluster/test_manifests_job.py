@@ -193,6 +193,12 @@ def test_what_an_indexed_job_cannot_do_is_refused_by_name(options: dict[str, Any
         job_objects(job(api="indexed", **options))
 
 
+@pytest.mark.parametrize("api", ["pytorchjob", "indexed"])
+def test_a_container_starts_in_an_absolute_folder(api: str) -> None:
+    with pytest.raises(ConfigError, match="--working-dir 'code' is not an absolute path: in a cluster"):
+        job_objects(job(api=api, working_dir="code"))
+
+
 def test_the_users_own_home_folder_is_not_hidden() -> None:
     result = main_container(data=["home-of-all:/root"])
     assert [mount["name"] for mount in result["volumeMounts"] if mount["mountPath"] == "/root"] == ["home-of-all"]

@@ -102,6 +102,35 @@ def test_numbers_of_servers_beyond_their_bounds(options: dict[str, Any], message
         server(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label": ["a=b=c"]}, "--label a: its value 'b=c' must have at most 63 letters"),
+        ({"label": [f"a={'v' * 64}"]}, "--label a: its value 'v+' must have at most 63 letters"),
+        ({"label": ["a/b/c=d"]}, "what is before '/' in --label 'a/b/c', 'a/b' must have"),
+        ({"label": ["/c=d"]}, "what is before '/' in --label '/c', '' must have"),
+        ({"label": ["example.com/=d"]}, "--label 'example.com/': its name '' must have"),
+        ({"selector": ["-gpu=h100"]}, "--selector '-gpu': its name '-gpu' must have at most 63 letters"),
+        ({"selector": ["gpu=h 100"]}, "--selector gpu: its value 'h 100' must have"),
+        ({"annotation": [f"{'a' * 64}=b"]}, "--annotation 'a+': its name 'a+' must have at most 63 letters"),
+        ({"device": ["amd.com/g pu=1"]}, "--device 'amd.com/g pu': its name 'g pu' must have"),
+        ({"image": " "}, "--image is empty: give the name of an image"),
+    ],
+)
+def test_names_and_values_that_kubernetes_refuses(options: dict[str, Any], message: str) -> None:
+    for make in (job, server):
+        with pytest.raises(ConfigError, match=message):
+            make(**options)
+
+
+def test_names_and_values_that_kubernetes_takes() -> None:
+    labels = ["a=", "a_b.C=d-e_f.9", f"example.com/{'n' * 63}={'v' * 63}"]
+    for make in (job, server):
+        make(
+            label=labels, selector=labels, annotation=["a=any text: {b/c=d}"], device=["amd.com/gpu=1"], image="r:1/i@x"
+        )
+
+
 def test_numbers_at_their_bounds() -> None:
     job(gpus=INT32, workers=INT32, retry=INT32 - 1, running_timeout="1000000000s", memory="7Ei", cpu="1m")
     server(replicas=INT32, multinode=INT32, startup_timeout=10**9, exit_timeout=10**9, autoscale=f"1:{INT32}")

@@ -24,6 +24,8 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _OBJECT_NAME = re.compile(rf"{_NAMESPACE.pattern}(\.{_NAMESPACE.pattern})*")
 _LONGEST_NAME, _LONGEST_OBJECT_NAME = 63, 253
+_LABEL = re.compile(r"[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?")
+_LONGEST_LABEL = 63
 _ENV_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
 _QUANTITY = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)(m|k|[MGTPE]|[KMGTPE]i)?")
 _UNITS = {"m": Decimal("0.001")}
@@ -55,6 +57,20 @@ def checked_object_name(name: str, what: str) -> str:
     """A name that an object of a cluster can have, whoever made it (RFC 1123, a subdomain); ConfigError for others."""
     parts = ", '-' and '.', and each part between dots must begin and end with a letter or digit"
     return _checked(name, what, _OBJECT_NAME, _LONGEST_OBJECT_NAME, parts)
+
+
+def _check_label_name(name: str, flag: str) -> None:
+    """Raise ConfigError for what is no name of a label, annotation or resource: `example.com/name` or the last part."""
+    prefix, divided, last = name.rpartition("/")
+    if divided:
+        checked_object_name(prefix, f"what is before '/' in {flag} {name!r},")
+    _check_label(last, f"{flag} {name!r}: its name {last!r}")
+
+
+def _check_label(text: str, what: str) -> None:
+    fits = len(text) <= _LONGEST_LABEL and _LABEL.fullmatch(text)
+    rule = f"at most {_LONGEST_LABEL} letters, digits, '-', '_' and '.', and begin and end with a letter or digit"
+    _require(bool(fits), f"{what} must have {rule}")
 
 
 def _checked(name: str, what: str, pattern: re.Pattern[str], longest: int, rest: str) -> str:
@@ -218,8 +234,13 @@ class Workload:
         for name in pairs(self.env, "--env"):
             _require(bool(_ENV_NAME.fullmatch(name)), f"--env {name!r} is not a name of a variable")
         for flag, texts in (("--annotation", self.annotation), ("--label", self.label), ("--selector", self.selector)):
-            pairs(texts, flag)
+            for name, value in pairs(texts, flag).items():
+                _check_label_name(name, flag)
+                if value and flag != "--annotation":
+                    _check_label(value, f"{flag} {name}: its value {value!r}")
+        _require(self.image is None or bool(self.image.strip()), "--image is empty: give the name of an image")
         for name, count in pairs(self.device, "--device").items():
+            _check_label_name(name, "--device")
             _require(is_number(count), f"--device {name}={count}: {count!r} is not a number up to {_LARGEST_NUMBER}")
         for volume, _ in mounts(self.data, "--data"):
             checked_object_name(volume, "--data")

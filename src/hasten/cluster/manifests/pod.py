@@ -219,6 +219,11 @@ def container(
     """The container that runs the user's image."""
     if not spec.image:
         raise ConfigError("--image is required in a cluster")
+    folder = spec.working_dir or HOME
+    if not folder.startswith("/"):
+        raise ConfigError(
+            f"--working-dir {folder!r} is not an absolute path: in a cluster it is one of the container's"
+        )
     job = isinstance(spec, TrainingJob)
     rdma = ("IPC_LOCK",) if isinstance(spec, TrainingJob) and spec.rdma else ()
     return {
@@ -226,7 +231,7 @@ def container(
         "image": spec.image,
         "imagePullPolicy": spec.image_pull_policy or ("Always" if job else "IfNotPresent"),
         "command": command,
-        "workingDir": spec.working_dir or HOME,
+        "workingDir": folder,
         "env": variables,
         **given(resources=resources(spec)),
         "securityContext": container_security(*rdma),
