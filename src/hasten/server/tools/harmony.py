@@ -1,11 +1,11 @@
 """Answers in channels, as gpt-oss writes them: `analysis` is reasoning, `commentary` has calls, `final` answers."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from hasten.engine.text import AddedToken
-from hasten.server.tools.reader import MAX_SPACE, ReasoningPiece, Span, StepReader, TextPiece, begun_mark
+from hasten.server.tools.reader import MAX_SPACE, AnswerReader, Reading, ReasoningPiece, Span, TextPiece
 from hasten.server.tools.rules import mark_rule
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
@@ -13,14 +13,13 @@ END, RETURN, CALL = "<|end|>", "<|return|>", "<|call|>"
 _ENDS = (END, RETURN, CALL, START, CHANNEL)
 """Marks that end a message; the last two for models that forget the first."""
 _ALL = (START, CHANNEL, CONSTRAIN, MESSAGE, END, RETURN, CALL)
-_END = re.compile("|".join(map(re.escape, _ENDS)))
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 _HEADERS = ("<|", "to=", "assistant")
 """With one of these a message's header begins."""
 _NAMESPACE = "functions."
 
 
-class HarmonyReader(StepReader):
+class HarmonyReader(AnswerReader):
     """Reads one answer, whose first message has its role in the prompt already.
 
     Messages to functions are calls where `with_calls`, else what the model writes for itself. An answer without
@@ -28,88 +27,62 @@ class HarmonyReader(StepReader):
     """
 
     def __init__(self, *, with_calls: bool, max_calls: int | None = None) -> None:
-        super().__init__(self._header, max_calls)
+        super().__init__(max_calls)
         self._with_calls = with_calls
-        self._is_reasoning = False
-        self._is_call = False
-        self._reasoned = False
-        """Whether a message of reasoning was given, which the next one begins a line after."""
-        self._said = False
-        """The same of text."""
-        self._separator = ""
-        self._begin = 0
-        """Where the message stands in the text, with its header."""
+        self._begun = {TextPiece: False, ReasoningPiece: False}
+        """Whether a message of this kind had text, which the next one begins a line after."""
         self._spans: list[Span] = []
 
     @property
     def reasoned(self) -> Sequence[Span]:
         """See AnswerReader."""
-        return [*self._spans, (self._begin, None)] if self._is_reasoning else self._spans
+        return self._spans
 
-    def _header(self, text: str, at: int, last: bool) -> int:
-        """What stands before a message: its role, channel and recipient."""
-        rest = text[at : at + MAX_SPACE + len(MESSAGE)].lstrip()
-        is_header = any(rest.startswith(begin) or begin.startswith(rest) for begin in _HEADERS)
-        found = text.find(MESSAGE, at, at + MAX_SPACE + len(MESSAGE))
-        if is_header and found >= 0:
-            self._begin = self._fed - len(text) + at
-            self._begin_body(text[at:found])
-            return found + len(MESSAGE)
-        if is_header and not last and len(text) - at <= MAX_SPACE:
-            return at
-        if is_header and last and CHANNEL[:2] in rest:
-            return len(text)  # a header that was cut short
-        self._begin_body("final")
-        return at
-
-    def _begin_body(self, header: str) -> None:
-        self._step = self._body
+    def _read(self) -> Reading[None]:
+        """One message, up to its end."""
+        begin, header = self._position, (yield from self._header())
         recipient = _RECIPIENT.search(header)
-        self._is_call = recipient is not None and self._with_calls
-        is_hidden = "analysis" in header or recipient is not None
-        self._is_reasoning = is_hidden and not self._is_call
-        begun = self._reasoned if self._is_reasoning else self._said
-        self._separator = "\n" if begun else ""
-        if self._is_call:
-            assert recipient is not None, "it is a call"
+        is_call = recipient is not None and self._with_calls
+        is_reasoning = not is_call and (recipient is not None or "analysis" in header)
+        if recipient is not None and is_call:
             self._begin_call(recipient[1].removeprefix(_NAMESPACE))
+        if is_reasoning:
+            self._spans.append((begin, None))
+        put = self._put_arguments if is_call else self._putter(ReasoningPiece if is_reasoning else TextPiece)
+        mark = yield from self._until(put, *_ENDS)
+        if is_call:
+            self._end_call()
+        if is_reasoning and mark:
+            self._spans[-1] = (begin, self._position + (0 if mark in (START, CHANNEL) else len(mark)))
+        self._at += 0 if mark == CHANNEL else len(mark)  # a channel is the next message's
 
-    def _body(self, text: str, at: int, last: bool) -> int:
-        """A message's text, up to its end."""
-        found = _END.search(text, at)
-        if found is not None:
-            self._put(text[at : found.start()])
-            if self._is_call:
-                if not self._has_arguments:
-                    self._put_arguments("{}")
-                self._is_call, self._after_call = False, True
-            if self._is_reasoning:
-                end = found.start() if found[0] in (START, CHANNEL) else found.end()
-                self._spans.append((self._begin, self._fed - len(text) + end))
-                self._is_reasoning = False
-            self._step = self._header
-            return found.start() if found[0] == CHANNEL else found.end()
-        end = len(text) if last else len(text) - max(begun_mark(text, at, mark) for mark in _ENDS)
-        self._put(text[at:end])
-        return end
+    def _header(self) -> Reading[str]:
+        """What stands before a message: its role, channel and recipient."""
+        while True:
+            text = self._text[self._at : self._at + MAX_SPACE + len(MESSAGE)]
+            rest = text.lstrip()
+            if not any(rest.startswith(begin) or begin.startswith(rest) for begin in _HEADERS):
+                return "final"
+            if MESSAGE in text:
+                header = text.partition(MESSAGE)[0]
+                self._at += len(header) + len(MESSAGE)
+                return header
+            if self._last and CHANNEL[:2] in rest:  # a header that was cut short
+                self._at = len(self._text)
+            if self._last or len(text) > MAX_SPACE:
+                return "final"
+            yield
 
-    def _finish(self) -> None:
-        if self._is_call and not self._has_arguments:
-            self._put_arguments("{}")
+    def _putter(self, kind: type[TextPiece] | type[ReasoningPiece]) -> Callable[[str], None]:
+        """Gives the text of one message."""
+        separator = "\n" if self._begun[kind] else ""
 
-    def _put(self, text: str) -> None:
-        if not text:
-            return
-        if self._is_call:
-            self._put_arguments(text)
-            return
-        text, self._separator = self._separator + text, ""
-        if self._is_reasoning:
-            self._reasoned = True
-            self._pieces.append(ReasoningPiece(text))
-        else:
-            self._said = True
-            self._pieces.append(TextPiece(text))
+        def put(text: str) -> None:
+            nonlocal separator
+            self._pieces.append(kind(separator + text))
+            self._begun[kind], separator = True, ""
+
+        return put
 
 
 class HarmonyGrammar:

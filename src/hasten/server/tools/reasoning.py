@@ -7,13 +7,14 @@ from enum import Enum
 from hasten.core.config import REASONING_PARSERS
 from hasten.server.tools.reader import (
     MAX_SPACE,
+    SPACE,
     AnswerReader,
+    BrokenOffError,
     Piece,
+    Reading,
     ReasoningPiece,
     Span,
     TextPiece,
-    begun_mark,
-    space_end,
 )
 
 
@@ -80,29 +81,23 @@ def reasoning_form(source: str, parser: str) -> ReasoningForm | None:
     return next((form for form in _FOUND if form is not HARMONY and form.closing in source), None)
 
 
-class ReasoningReader:
+class ReasoningReader(AnswerReader):
     """Reads one answer that may begin with reasoning; what follows is left to another reader.
 
     Spaces around the reasoning are given to nobody.
     """
 
     def __init__(self, form: ReasoningForm, stage: Stage, rest: AnswerReader) -> None:
+        super().__init__()
         self._form = form
-        self._rest = rest
+        self._rest_reader = rest
         self._stage: Stage | None = stage
-        self._pending = ""
-        """What may be the beginning of a mark, and spaces."""
+        self._end = 0
+        """Characters up to the end of the reasoning."""
         self._begun = False
         """Whether reasoning was given."""
-        self._fed = self._end = 0
-        """Characters so far, and those up to the end of the reasoning."""
-        self._skips = False
-        """Whether spaces stand between the reasoning and the answer."""
-
-    @property
-    def calls(self) -> int:
-        """See AnswerReader."""
-        return self._rest.calls
+        self._trailing = ""
+        """Spaces behind it."""
 
     @property
     def reasoned(self) -> Sequence[Span]:
@@ -111,65 +106,38 @@ class ReasoningReader:
             return ((0, None),)
         return ((0, self._end),) if self._end else ()
 
-    def feed(self, text: str) -> list[Piece]:
-        """See AnswerReader."""
-        if self._stage is None and not self._skips:
-            return self._rest.feed(text)
-        self._fed += len(text)
-        text, self._pending = self._pending + text, ""
-        pieces: list[Piece] = []
-        if self._stage is Stage.AHEAD:
-            text = self._before(text)
-        if self._stage is Stage.INSIDE:
-            text = self._inside(text, pieces)
-            self._end = self._fed - len(text)
-        if self._stage is None:
-            if self._skips:
-                text = text.lstrip()
-                self._skips = not text
-            pieces += self._rest.feed(text)
-        return pieces
-
     def end(self) -> list[Piece]:
         """See AnswerReader."""
-        pending, self._pending = self._pending, ""
-        if self._stage is Stage.INSIDE:
-            return [*_reasoning(pending.rstrip()), *self._rest.end()]
-        return [*self._rest.feed(pending), *self._rest.end()]
+        return [*super().end(), *self._rest_reader.end()]
 
-    def _before(self, text: str) -> str:
-        """What is left of an answer's beginning once it shows whether it is reasoning."""
-        begin, opening = space_end(text, 0), self._form.opening
-        rest = text[begin : begin + len(opening)]
-        if rest == opening:
-            self._stage = Stage.INSIDE
-            return text[begin + len(opening) :]
-        if opening.startswith(rest) and begin <= MAX_SPACE:
-            self._pending = text
-            return ""
-        self._stage = None
-        return text
+    def _read(self) -> Reading[None]:
+        if self._stage is Stage.AHEAD:
+            self._stage = None
+            self._hold()
+            yield from self._skip(SPACE)
+            if not (yield from self._sees(self._form.opening)):
+                raise BrokenOffError
+            self._held, self._stage = None, Stage.INSIDE
+            self._at += len(self._form.opening)
+        if self._stage is Stage.INSIDE and (yield from self._until(self._put_reasoning, self._form.closing)):
+            self._at += len(self._form.closing)
+            self._stage, self._end = None, self._position
+            yield from self._skip(SPACE)
+        self._put_text((yield from self._rest()))
 
-    def _inside(self, text: str, pieces: list[Piece]) -> str:
-        """What is left behind the reasoning's end."""
-        if not self._begun:
-            text = text.lstrip()
-        found = text.find(self._form.closing)
-        end = found if found >= 0 else len(text) - begun_mark(text, 0, self._form.closing)
-        shown = text[:end].rstrip()
-        if end - len(shown) > MAX_SPACE:
-            shown = text[:end]
-        pieces += _reasoning(shown)
-        self._begun = self._begun or bool(shown)
-        if found < 0:
-            self._pending = text[len(shown) :]
-            return ""
-        self._stage, self._skips = None, True
-        return text[found + len(self._form.closing) :]
+    def _put_reasoning(self, text: str) -> None:
+        text = self._trailing + text if self._begun else text.lstrip()
+        shown = text.rstrip()
+        if len(text) - len(shown) > MAX_SPACE:
+            shown = text
+        self._trailing = text[len(shown) :]
+        if shown:
+            self._begun = True
+            self._pieces.append(ReasoningPiece(shown))
 
-
-def _reasoning(text: str) -> Sequence[Piece]:
-    return [ReasoningPiece(text)] if text else []
+    def _put_text(self, text: str) -> None:
+        self._pieces += self._rest_reader.feed(text)
+        self.calls = self._rest_reader.calls
 
 
 def joined_text(pieces: Sequence[Piece], kind: type[TextPiece] | type[ReasoningPiece]) -> str:
