@@ -10,7 +10,8 @@ from tests.server.test_connection_times import Transport
 from tests.waiting import LIMIT_S
 from uvicorn.server import ServerState
 
-from hasten.server.connections import ConnectionLimits, Connections
+from hasten.server.connections import Connections
+from hasten.server.options import EndpointOptions, SecurityOptions
 from hasten.server.sse import BodyWriter
 
 ASKS = b"GET / HTTP/1.1\r\n\r\n"
@@ -25,7 +26,8 @@ class Streaming:
         config = uvicorn.Config(self._app, interface="asgi3", lifespan="off", log_config=None)
         config.load()
         self.transport = Transport()
-        self.connection = Connections(ConnectionLimits())(config=config, server_state=ServerState(), app_state={})
+        connections = Connections(EndpointOptions(), SecurityOptions())
+        self.connection = connections(config=config, server_state=ServerState(), app_state={})
         self.connection.connection_made(self.transport)
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -10,9 +10,12 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from hasten.server import connections
-from hasten.server.connections import ConnectionLimits, Connections
+from hasten.server.connections import Connections
+from hasten.server.options import EndpointOptions, SecurityOptions
 
-LIMITS = ConnectionLimits(idle_timeout=75, header_timeout=30, body_timeout=60, write_timeout=300)
+ENDS = EndpointOptions(
+    http_idle_timeout_secs=75, http_header_timeout_secs=30, http_body_timeout_secs=60, http_write_timeout_secs=300
+)
 HEAD = b"POST / HTTP/1.1\r\ncontent-length: 10\r\n\r\n"
 
 
@@ -54,7 +57,7 @@ class Bench:
     def __init__(self) -> None:
         self.now = 0.0
         self.go = asyncio.Event()
-        self.all = Connections(LIMITS, lambda: self.now)
+        self.all = Connections(ENDS, SecurityOptions(), clock=lambda: self.now)
         config = uvicorn.Config(self._app, interface="asgi3", lifespan="off", log_config=None, timeout_keep_alive=3600)
         config.load()
         self.transport = Transport()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
 import socket
+import ssl
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from tests.server.test_security import pki, tls
 from tests.server.transport_fixtures import Transports, serving
 from tests.waiting import LIMIT_S, attempts, eventually
 
-from hasten.server.connections import ConnectionLimits
+from hasten.server.options import EndpointOptions, SecurityOptions
+
+__all__ = ["pki"]  # a fixture
 
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
 TOO_MANY = 16 << 20
@@ -21,15 +27,15 @@ TOO_MANY = 16 << 20
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Transports]:
-    with serving(Transports(limits=ConnectionLimits(header_bytes=16384, url_bytes=1024))) as result:
+    with serving(Transports(security=SecurityOptions(max_header_bytes=16384, max_url_bytes=1024))) as result:
         yield result
 
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[Transports]:
     """Time-outs that pass soon; what must not time out is tested with a clock that stands still."""
-    limits = ConnectionLimits(idle_timeout=300, header_timeout=0.5, body_timeout=0.5)
-    with serving(Transports(limits=limits)) as result:
+    ends = EndpointOptions(http_idle_timeout_secs=300, http_header_timeout_secs=0.5, http_body_timeout_secs=0.5)
+    with serving(Transports(ends=ends)) as result:
         yield result
 
 
@@ -221,15 +227,16 @@ def test_a_body_that_stops_is_refused(hasty: Transports) -> None:
 
 
 def test_who_reads_nothing_is_closed() -> None:
-    with serving(Transports(limits=ConnectionLimits(write_timeout=0.5))) as site, connected(site) as lazy:
+    ends = EndpointOptions(http_write_timeout_secs=0.5)
+    with serving(Transports(ends=ends)) as site, connected(site) as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.sendall(stream(200_000))
         eventually(lambda: site.service.withdrawn == 1)
 
 
 def test_more_connections_than_there_may_be_are_refused(caplog: pytest.LogCaptureFixture) -> None:
-    limits = ConnectionLimits(connections=3)
-    with serving(Transports(limits=limits)) as site, contextlib.ExitStack() as held:
+    ends = EndpointOptions(http_max_connections=3)
+    with serving(Transports(ends=ends)) as site, contextlib.ExitStack() as held:
         with caplog.at_level(logging.WARNING, "hasten.server.connections"):
             first = [held.enter_context(connected(site)) for _ in range(3)]
             for connection in first:
@@ -245,6 +252,67 @@ def test_more_connections_than_there_may_be_are_refused(caplog: pytest.LogCaptur
         eventually(lambda: is_served(site))
 
 
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def loop_factory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the loops that a server may run on, whose handshakes differ."""
+    if request.param:
+        monkeypatch.setattr(asyncio, "new_event_loop", pytest.importorskip("uvloop").new_event_loop)
+
+
+@contextlib.contextmanager
+def encrypted(site: Transports, pki: Path) -> Iterator[socket.socket]:
+    context = ssl.create_default_context(cafile=str(pki / "ca.pem"))
+    with connected(site) as plain, context.wrap_socket(plain, server_hostname="localhost") as result:
+        yield result
+
+
+@pytest.mark.usefixtures("loop_factory")
+def test_handshakes_count_as_connections(pki: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ends = EndpointOptions(http_max_connections=2)
+    with serving(Transports(tls=tls(pki, mutual=False), ends=ends)) as site, contextlib.ExitStack() as held:
+        with caplog.at_level(logging.WARNING):
+            silent = [held.enter_context(connected(site)) for _ in range(2)]
+            with encrypted(site, pki) as told:
+                assert statuses(received(told)) == [503]
+            silent += [held.enter_context(connected(site)) for _ in range(100)]
+            assert received(silent[-1]) == b""
+        assert [record.name for record in caplog.records] == ["hasten.server.connections"]  # once a minute
+        silent[0].sendall(b"this is no handshake")
+        silent[0].shutdown(socket.SHUT_WR)
+        received(silent[0])
+        for each in silent[1:]:
+            each.close()
+        eventually(lambda: is_served_encrypted(site, pki))
+
+
+def is_served_encrypted(site: Transports, pki: Path) -> bool:
+    """Whether there is room for one encrypted connection more."""
+    with contextlib.suppress(ConnectionError), encrypted(site, pki) as connection:
+        connection.sendall(LIVE)
+        return connection.recv(65536).startswith(b"HTTP/1.1 200")
+    return False
+
+
+@pytest.mark.usefixtures("loop_factory")
+def test_a_handshake_that_does_not_end_is_ended(pki: Path) -> None:
+    ends = EndpointOptions(http_header_timeout_secs=0.5)
+    with serving(Transports(tls=tls(pki, mutual=False), ends=ends)) as site:
+        for beginning in (b"", b"\x16\x03\x01"):
+            with connected(site) as slow:
+                slow.sendall(beginning)
+                assert received(slow) == b""
+        eventually(lambda: is_served_encrypted(site, pki))
+
+
+@pytest.mark.usefixtures("loop_factory")
+def test_a_server_that_stops_waits_for_no_handshake(pki: Path) -> None:
+    with contextlib.ExitStack() as opened:
+        with serving(Transports(tls=tls(pki, mutual=False))) as site:
+            silent = opened.enter_context(connected(site))
+            assert is_served_encrypted(site, pki)
+        assert received(silent) == b""
+
+
 def is_served(site: Transports) -> bool:
     """Whether there is room for one connection more."""
     with connected(site) as connection, contextlib.suppress(ConnectionError):
@@ -254,8 +322,8 @@ def is_served(site: Transports) -> bool:
 
 
 def test_who_asks_nothing_is_closed() -> None:
-    limits = ConnectionLimits(idle_timeout=0.5)
-    with serving(Transports(limits=limits)) as site:
+    ends = EndpointOptions(http_idle_timeout_secs=0.5)
+    with serving(Transports(ends=ends)) as site:
         with connected(site) as silent:
             assert received(silent) == b""
         for _ in attempts("two requests in time"):

@@ -627,6 +627,56 @@ def test_a_caller_that_leaves_does_not_stop_a_load(bench: Bench) -> None:
     bench.until(lambda: bench.service.is_model_ready("m"))
 
 
+def test_unloading_waits_for_no_load_whose_caller_has_left(bench: Bench) -> None:
+    bench.write("m")
+    bench.write("t", TEXT)
+    bench.start()
+    bench.engines.gate.clear()
+
+    async def check() -> None:
+        """One load is under way for `t`, two more wait behind it; their callers leave before the unload or after."""
+        for left_before in (3, 1, 0):
+            loads = [asyncio.ensure_future(bench.service.load(name)) for name in ("t", "m", "m")]
+            await until(lambda: bench.service.index()[0].state == "LOADING")
+            for load in loads[:left_before]:
+                load.cancel()
+            await asyncio.sleep(0)
+            unload = asyncio.ensure_future(bench.service.unload("m"))
+            for load in loads:
+                assert left_before == 3 or not unload.done()
+                await asyncio.sleep(0)
+                load.cancel()
+            await asyncio.wait_for(unload, LIMIT_S)
+            assert [(entry.state, entry.reason) for entry in bench.service.index() if entry.name == "m"] == [
+                ("UNAVAILABLE", "unloaded")
+            ]
+
+    bench.run(check())
+    assert not bench.engines.tried
+    bench.engines.gate.set()
+    bench.run(bench.service.load("t"))
+    assert bench.service.is_model_ready("t")
+
+
+def test_unloading_waits_for_a_load_whose_caller_waits(bench: Bench) -> None:
+    bench.write("m")
+    bench.start()
+    bench.engines.gate.clear()
+
+    async def check() -> None:
+        load = asyncio.ensure_future(bench.service.load("m"))
+        await until(lambda: bench.service.index()[0].state == "LOADING")
+        unload = asyncio.ensure_future(bench.service.unload("m"))
+        await asyncio.sleep(0.1)
+        assert not unload.done()
+        bench.engines.gate.set()
+        await load
+        await unload
+
+    bench.run(check())
+    assert not bench.service.is_model_ready("m")
+
+
 def test_loads_of_one_model_come_one_after_another(bench: Bench) -> None:
     bench.write("m")
     bench.write("z", ENSEMBLE)

@@ -14,9 +14,9 @@ import pytest
 from tests.server.adding_service import AddingService
 from tests.server.loop_thread import LoopThread
 
-from hasten.server.connections import ConnectionLimits
 from hasten.server.inflight import InflightBytes
 from hasten.server.listeners import GrpcListener, HttpListener
+from hasten.server.options import EndpointOptions, SecurityOptions
 from hasten.server.protocol.grpc import GrpcCalls
 from hasten.server.protocol.http import http_app, http_routes
 from hasten.server.protocol.operations import Operations
@@ -58,12 +58,13 @@ class Transports:
     memory: SharedMemory = field(default_factory=partial(SharedMemory, allowed=True))
     traces: TraceSettings = field(default_factory=TraceSettings)
     logs: LogSettings = field(default_factory=LogSettings)
-    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
+    ends: EndpointOptions = field(default_factory=EndpointOptions)
+    security: SecurityOptions = field(default_factory=SecurityOptions)
     inflight: InflightBytes = field(default_factory=InflightBytes)
 
     async def start(self) -> None:
         service = cast(Any, self.service)
-        self.http_listener = HttpListener("127.0.0.1", 0, "--http-port", self.tls, self.limits)
+        self.http_listener = HttpListener("127.0.0.1", 0, "--http-port", self.tls, self.ends, self.security)
         operations = Operations(service, self.memory, self.traces, self.logs)
         routes = http_routes(operations, LIMIT)
         await self.http_listener.start(http_app(routes, Admission(keys=self.keys), LIMIT, self.inflight))

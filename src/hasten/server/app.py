@@ -13,7 +13,6 @@ from typing import Any
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import ConfigError, EngineError, HastenError
 from hasten.server.access import AccessLog
-from hasten.server.connections import ConnectionLimits
 from hasten.server.create import model_configs
 from hasten.server.engine.client import EngineClient
 from hasten.server.engine.queue import QueueLimits
@@ -24,7 +23,7 @@ from hasten.server.metrics import Machine, Metrics
 from hasten.server.openai.prompts import ChatPrompts
 from hasten.server.openai.routes import openai_routes
 from hasten.server.openapi.description import docs_routes
-from hasten.server.options import EndpointOptions, SecurityOptions, ServeOptions
+from hasten.server.options import ServeOptions
 from hasten.server.page.routes import page_routes
 from hasten.server.protocol.grpc import GrpcCalls
 from hasten.server.protocol.http import http_app, http_routes
@@ -96,13 +95,13 @@ class Server:
     def _open(self, calls: GrpcCalls, opened: contextlib.ExitStack) -> None:
         """Open all ports. What is `opened` is to be closed if one of them cannot be had."""
         ends, security = self.options.endpoints, self.options.security
-        limits = _connection_limits(ends, security)
         if ends.allow_http:
-            self.http = HttpListener(ends.http_address, ends.http_port, "--http-port", self._tls, limits)
+            where = ends.http_address, ends.http_port, "--http-port"
+            self.http = HttpListener(*where, self._tls, ends, security)
             opened.callback(self.http.close)
         if ends.allow_metrics:
-            address = ends.metrics_address or ends.http_address
-            self.metrics = HttpListener(address, ends.metrics_port, "--metrics-port", limits=limits)
+            where = ends.metrics_address or ends.http_address, ends.metrics_port, "--metrics-port"
+            self.metrics = HttpListener(*where, None, ends, security)
             opened.callback(self.metrics.close)
         if ends.allow_grpc:
             self.grpc = GrpcListener(
@@ -286,18 +285,6 @@ def _signals() -> "Iterator[asyncio.Queue[signal.Signals]]":
     finally:
         for kind in kinds:
             loop.remove_signal_handler(kind)
-
-
-def _connection_limits(ends: EndpointOptions, security: SecurityOptions) -> ConnectionLimits:
-    return ConnectionLimits(
-        connections=ends.http_max_connections,
-        header_bytes=security.max_header_bytes,
-        url_bytes=security.max_url_bytes,
-        idle_timeout=ends.http_idle_timeout_secs,
-        header_timeout=ends.http_header_timeout_secs,
-        body_timeout=ends.http_body_timeout_secs,
-        write_timeout=ends.http_write_timeout_secs,
-    )
 
 
 def _repository(options: ServeOptions) -> Repository:

@@ -4,11 +4,12 @@ import asyncio
 import fcntl
 import http
 import logging
+import socket
+import ssl
 import struct
 import termios
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -22,52 +23,80 @@ from hasten.server.sse import BODY, BodyWriter, Flow
 _LINGER_S, _LINGER_BYTES = 2.0, 1 << 20
 """For how long a connection is read on whose request was refused: closed at once, the client would lose the answer."""
 _LOG_EVERY_S = 60.0
+_TOLD = 64
+"""Handshakes beyond the limit of connections, so that their clients can be told that there are too many."""
+_ACCEPT_AGAIN_S = 0.1
 _LINE_BYTES = 4
 """Of a header's line beside its name and value: colon, space and line end."""
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConnectionLimits:
-    """What a client may take of an HTTP port, in bytes and seconds."""
-
-    connections: int = EndpointOptions.http_max_connections
-    header_bytes: int = SecurityOptions.max_header_bytes
-    url_bytes: int = SecurityOptions.max_url_bytes
-    idle_timeout: float = EndpointOptions.http_idle_timeout_secs
-    """Without a request: before the first, and from each answer to the next request."""
-    header_timeout: float = EndpointOptions.http_header_timeout_secs
-    """From a request's first byte to the end of its headers."""
-    body_timeout: float = EndpointOptions.http_body_timeout_secs
-    """Between two pieces of a body."""
-    write_timeout: float = EndpointOptions.http_write_timeout_secs
-    """In which a client takes nothing of an answer that waits for it."""
-
-
 class Connections:
-    """The open connections of one port. Called by uvicorn, it makes the protocol of a new one."""
+    """The open connections of one port, those included whose clients have yet to agree on their encryption."""
 
-    def __init__(self, limits: ConnectionLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits = limits
+    def __init__(
+        self,
+        ends: EndpointOptions,
+        security: SecurityOptions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ends = ends
+        self.security = security
         self.clock = clock
         self._open: set[_Connection] = set()
+        self._handshakes: set[asyncio.Task[None]] = set()
         self._refused = 0
         self._logged = -_LOG_EVERY_S
 
     def __call__(self, **arguments: Any) -> "_Connection":
-        """The protocol of one connection."""
+        """The protocol of one connection, as uvicorn asks for it."""
         return _Connection(self, **arguments)
 
+    async def accept_encrypted(
+        self, listener: socket.socket, tls: ssl.SSLContext, protocol: Callable[[], asyncio.Protocol]
+    ) -> None:
+        """Take connections until it is cancelled, each with a protocol once it is encrypted."""
+        loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except OSError:  # it is gone already, or no file descriptor is left
+                await asyncio.sleep(_ACCEPT_AGAIN_S)
+                continue
+            if not self._has_room(_TOLD):
+                accepted.close()
+                continue
+            handshake = loop.create_task(self._encrypt(accepted, tls, protocol))
+            self._handshakes.add(handshake)
+            handshake.add_done_callback(self._handshakes.discard)
+
+    async def _encrypt(
+        self, accepted: socket.socket, tls: ssl.SSLContext, protocol: Callable[[], asyncio.Protocol]
+    ) -> None:
+        most, connect = self.ends.http_header_timeout_secs, asyncio.get_running_loop().connect_accepted_socket
+        try:
+            await connect(protocol, accepted, ssl=tls, ssl_handshake_timeout=most)
+        except OSError as error:
+            _log.debug("a TLS handshake failed: %s", error)
+
     def opened(self, connection: "_Connection") -> bool:
-        """Count a connection; False where there are too many, which is logged once a minute."""
-        if len(self._open) < self.limits.connections:
+        """Count a connection; False where there are too many."""
+        has_room = self._has_room(spare=connection.scheme == "https")  # its own handshake is still counted
+        if has_room:
             self._open.add(connection)
+        return has_room
+
+    def _has_room(self, spare: int = 0) -> bool:
+        """Whether there may be a connection more, or `spare` ones too many; where not, that is logged once a minute."""
+        count = len(self._open) + len(self._handshakes)
+        if count < self.ends.http_max_connections + spare:
             return True
         self._refused += 1
         now = self.clock()
         if now - self._logged >= _LOG_EVERY_S:
-            text = "%d connections are open, which is the limit (--http-max-connections); refused since last logged: %d"
-            _log.warning(text, len(self._open), self._refused)
+            text = "%d connections are open, the limit is %d (--http-max-connections); refused since last logged: %d"
+            _log.warning(text, count, self.ends.http_max_connections, self._refused)
             self._logged, self._refused = now, 0
         return False
 
@@ -82,6 +111,8 @@ class Connections:
 
     def abort(self) -> None:
         """Close all as they are."""
+        for handshake in self._handshakes:
+            handshake.cancel()
         for connection in list(self._open):
             connection.transport.abort()
 
@@ -112,7 +143,8 @@ class _Connection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self.parser: HttpParser = HttpParser(self)  # type: ignore[assignment]
         self._all = all_
-        self._limits = all_.limits
+        self._ends = all_.ends
+        self._max_header_bytes, self._max_url_bytes = all_.security.max_header_bytes, all_.security.max_url_bytes
         self._since = all_.clock()
         """When the phase began that the connection is in, or last moved on."""
         self._reading_head = self._reading_body = False
@@ -154,12 +186,12 @@ class _Connection(HttpToolsProtocol):
         self._parser_gave = False
         super().data_received(data)
         self._unseen_bytes = 0 if self._parser_gave else self._unseen_bytes + len(data)
-        if self._unseen_bytes > self._limits.header_bytes and self._linger_until is None:
+        if self._unseen_bytes > self._max_header_bytes and self._linger_until is None:
             self._refusal = self._headers_too_large()
             self.send_400_response("")
 
     def _headers_too_large(self) -> tuple[int, str]:
-        most = self._limits.header_bytes
+        most = self._max_header_bytes
         return 431, f"the request's headers have more than {most} bytes, which is the limit; see --max-header-bytes"
 
     def on_message_begin(self) -> None:
@@ -171,8 +203,8 @@ class _Connection(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         self._parser_gave = True
         super().on_url(url)
-        if len(self.url) > self._limits.url_bytes:
-            most = self._limits.url_bytes
+        if len(self.url) > self._max_url_bytes:
+            most = self._max_url_bytes
             self._refusal = 414, f"the URL has more than {most} bytes, which is the limit; see --max-url-bytes"
             raise _HeadTooLargeError
         self._count(len(url))
@@ -184,7 +216,7 @@ class _Connection(HttpToolsProtocol):
 
     def _count(self, size: int) -> None:
         self._head_bytes += size
-        if self._head_bytes > self._limits.header_bytes:
+        if self._head_bytes > self._max_header_bytes:
             self._refusal = self._headers_too_large()
             raise _HeadTooLargeError
 
@@ -229,7 +261,7 @@ class _Connection(HttpToolsProtocol):
     def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         if self.transport.is_closing():
             return
-        path = (getattr(self, "url", b"") or b"")[: self._limits.url_bytes].decode("latin-1")
+        path = (getattr(self, "url", b"") or b"")[: self._max_url_bytes].decode("latin-1")
         answer = error_response(path, status, message, {"connection": "close", **(headers or {})})
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}".encode()]
         lines += [name + b": " + value for name, value in answer.raw_headers]
@@ -267,19 +299,19 @@ class _Connection(HttpToolsProtocol):
         elif self._answering:
             self._since = now
         elif self._reading_head:
-            if now - self._since > self._limits.header_timeout:
-                self._refuse(408, f"the headers did not come within {self._limits.header_timeout:g} s")
-        elif now - self._since > self._limits.idle_timeout:
+            if now - self._since > (most := self._ends.http_header_timeout_secs):
+                self._refuse(408, f"the headers did not come within {most:g} s")
+        elif now - self._since > self._ends.http_idle_timeout_secs:
             self.transport.close()
 
     def _check_body(self, now: float) -> None:
         if self.flow.read_paused:
             self._since = now  # it is not the client that is slow
-        elif now - self._since > self._limits.body_timeout:
+        elif now - self._since > (most := self._ends.http_body_timeout_secs):
             if self.cycle.response_started:
                 self.transport.abort()
             else:
-                self._refuse(408, f"nothing of the body came for {self._limits.body_timeout:g} s")
+                self._refuse(408, f"nothing of the body came for {most:g} s")
 
     def _write_stalls(self, now: float) -> bool:
         waiting = self.transport.get_write_buffer_size()
@@ -288,7 +320,7 @@ class _Connection(HttpToolsProtocol):
         if unread == 0 or unread != self._unread:
             self._unread, self._unread_since = unread, now
             return False
-        return now - self._unread_since > self._limits.write_timeout
+        return now - self._unread_since > self._ends.http_write_timeout_secs
 
 
 def _unsent(connection: Any) -> int:

@@ -7,8 +7,9 @@ the version that it came to, and a version ends when its last request has.
 import asyncio
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from hasten.core.errors import CapacityError, HastenError
@@ -55,6 +56,12 @@ class Registry:
         self._stamps: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         """Loading and unloading, which nobody may have waited for to its end."""
+        self._left: set[asyncio.Task[None]] = set()
+        """Those of them that nobody waits for any more."""
+        self._loading: dict[str, list[asyncio.Task[None]]] = defaultdict(list)
+        """Those that load a model or wait for their turn to, for its own sake or for another's."""
+        self._unloading: Counter[str] = Counter()
+        """Models to be unloaded, by how many calls."""
         self._ending: dict[Version, asyncio.Task[None]] = {}
 
     def versions(self) -> Iterable[Version]:
@@ -109,7 +116,10 @@ class Registry:
         return self.serves(version) and version.model.ready
 
     async def load(self, name: str, config_json: str | None = None, files: Files | None = None) -> None:
-        """Load a model, or load it again; what it needs is loaded too. A caller that leaves does not stop it."""
+        """Load a model, or load it again; what it needs is loaded too.
+
+        A caller that leaves does not stop it; but once it has, unloading one of these models gives it up.
+        """
         await self._finish(self._load_requested(name, config_json, files or {}))
 
     async def unload(self, name: str, *, unload_dependents: bool = False) -> None:
@@ -174,7 +184,21 @@ class Registry:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.done():
+                raise
+            self._left.add(task)
+            task.add_done_callback(self._left.discard)
+            for name in self._unloading:
+                self._give_up_loads(name)
+            raise
+
+    def _give_up_loads(self, name: str) -> None:
+        """Cancel the loads of a model that is to be unloaded, but for those that a caller waits for."""
+        for task in self._left.intersection(self._loading[name]):
+            task.cancel()
 
     async def _load_requested(self, name: str, config_json: str | None, files: Files) -> None:
         try:
@@ -203,7 +227,7 @@ class Registry:
                     raise failed[needed]
                 if not self.any_serves(needed):
                     await self._load(needed, None, {}, (*trail, name), failed)
-            async with self._locks[name]:
+            async with self._turn_to_load(name):
                 if not (trail and self.any_serves(name)):  # meanwhile another one may have needed it too
                     await self._replace(description)
         except ServiceError as error:
@@ -211,6 +235,18 @@ class Registry:
             failed[name] = error
             raise
         self.failures.pop(name, None)
+
+    @asynccontextmanager
+    async def _turn_to_load(self, name: str) -> AsyncGenerator[None, None]:
+        """Waits until no other call loads or unloads the model."""
+        task = asyncio.current_task()
+        assert task is not None, "loading is a task"
+        self._loading[name].append(task)
+        try:
+            async with self._locks[name]:
+                yield
+        finally:
+            self._loading[name].remove(task)
 
     async def _describe(self, name: str, config_json: str | None, files: Files) -> Description:
         failed = f"failed to load '{name[:_LONGEST_SHOWN]}', failed to poll from model repository"
@@ -246,7 +282,7 @@ class Registry:
                     raise
                 text = "model %s: there is no memory for the old and the new one at once; the old one ends first"
                 _log.warning(text, name)
-                await asyncio.gather(*(version.end(_LONGEST_END_S) for version in serving))
+                await asyncio.wait([self._retire(version) for version in serving])
                 known |= new
                 await self._begin_all(new.values())
         except HastenError as error:
@@ -304,7 +340,10 @@ class Registry:
     async def _unload(self, name: str, unload_dependents: bool) -> None:
         if not any(name in known for known in (self._models, self._locks, self.failures)):
             return
+        self._unloading[name] += 1
+        self._give_up_loads(name)
         async with self._locks[name]:
+            self._unloading -= Counter((name,))
             self._requested.discard(name)
             self.failures.pop(name, None)
             versions = list(self._models.get(name, {}).values())
@@ -318,9 +357,10 @@ class Registry:
                 if needed not in self._requested:
                     await self._unload(needed, unload_dependents)
 
-    def _retire(self, version: Version) -> None:
-        """Let a version end by itself, once its requests have."""
+    def _retire(self, version: Version) -> asyncio.Task[None]:
+        """Let a version end by itself, once its requests have, whoever waits for that."""
         version.state = State.UNLOADING
         task = asyncio.get_running_loop().create_task(version.end(_LONGEST_END_S))
         self._ending[version] = task
         task.add_done_callback(lambda _: self._ending.pop(version, None))
+        return task

@@ -5,7 +5,8 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Generator, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import grpc
 import uvicorn
@@ -13,7 +14,8 @@ from starlette.types import ASGIApp
 
 from hasten.core.errors import ConfigError
 from hasten.server.access import AccessLog
-from hasten.server.connections import ConnectionLimits, Connections
+from hasten.server.connections import Connections
+from hasten.server.options import EndpointOptions, SecurityOptions
 from hasten.server.protocol.grpc import GrpcCalls, add_to_server
 from hasten.server.security import ApiKeys, TlsFiles
 
@@ -23,8 +25,7 @@ _CHECK_TICKS = 5
 
 _FOLLOW_S = 1.0
 """In which those who answer a request find its client gone."""
-
-_DEFAULT_LIMITS = ConnectionLimits()
+_ENDS, _SECURITY = EndpointOptions(), SecurityOptions()
 
 
 def open_port(address: str, port: int, flag: str) -> socket.socket:
@@ -51,14 +52,29 @@ def joined(address: str, port: int) -> str:
 class _Uvicorn(uvicorn.Server):
     """Leaves signals to the application, and tells when it serves."""
 
-    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+    def __init__(self, config: uvicorn.Config, connections: Connections, tls: ssl.SSLContext | None) -> None:
         super().__init__(config)
         self.serves = asyncio.Event()
         self._connections = connections
+        self._tls = tls
+        self._accepting: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        if self._tls is None or sockets is None:
+            await super().startup(sockets)
+        else:
+            await super().startup([])
+            state = {"server_state": self.server_state, "app_state": self.lifespan.state}
+            protocol = partial(self._connections, config=self.config, **state)
+            accept = partial(self._connections.accept_encrypted, tls=self._tls, protocol=protocol)
+            self._accepting = [asyncio.create_task(accept(listener)) for listener in sockets]
         self.serves.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         if counter % _CHECK_TICKS == 0:
@@ -79,12 +95,13 @@ class HttpListener:
         port: int,
         flag: str,
         tls: TlsFiles | None = None,
-        limits: ConnectionLimits = _DEFAULT_LIMITS,
+        ends: EndpointOptions = _ENDS,
+        security: SecurityOptions = _SECURITY,
     ) -> None:
         self._socket = open_port(address, port, flag)
-        self._tls = tls
-        self._limits = limits
-        self._connections = Connections(limits)
+        self._ends = ends
+        self._connections = Connections(ends, security)
+        self._tls = None if tls is None else tls.context()
         self._server: _Uvicorn | None = None
         self._task: asyncio.Task[None] | None = None
         self.port: int = self._socket.getsockname()[1]
@@ -101,11 +118,10 @@ class HttpListener:
             access_log=False,
             server_header=False,
             proxy_headers=False,  # nothing depends on where a client is
-            timeout_keep_alive=max(1, round(self._limits.idle_timeout)),
+            timeout_keep_alive=max(1, round(self._ends.http_idle_timeout_secs)),
             timeout_graceful_shutdown=None,  # `stop` closes the connections
-            **_tls_options(self._tls),
         )
-        self._server = _Uvicorn(config, self._connections)
+        self._server = _Uvicorn(config, self._connections, self._tls)
         self._task = asyncio.create_task(self._server.serve([self._socket]))
         started = asyncio.ensure_future(self._server.serves.wait())
         await asyncio.wait((self._task, started), return_when=asyncio.FIRST_COMPLETED)
@@ -135,15 +151,6 @@ class HttpListener:
     def close(self) -> None:
         """Close the port of a listener that does not serve."""
         self._socket.close()
-
-
-def _tls_options(tls: TlsFiles | None) -> dict[str, Any]:
-    if tls is None:
-        return {}
-    options: dict[str, Any] = {"ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
-    if tls.client_ca:
-        options |= {"ssl_ca_certs": tls.client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
-    return options
 
 
 class GrpcListener:

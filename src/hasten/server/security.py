@@ -165,21 +165,23 @@ class TlsFiles:
             raise ConfigError("TLS needs both --tls-certificate and --tls-key")
         files = cls(certificate, key, client_ca)
         files.read()
-        files.check()
+        files.context()
         return files
 
     def read(self) -> tuple[bytes, bytes, bytes | None]:
         """Certificate, key and the clients' authority."""
         return _read(self.certificate), _read(self.key), _read(self.client_ca) if self.client_ca else None
 
-    def check(self) -> None:
-        """ConfigError unless the key is that of the certificate, and all are what they should be."""
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    def context(self) -> ssl.SSLContext:
+        """What an HTTP port is encrypted with; ConfigError unless the files fit each other and can be used."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             # without a password OpenSSL would ask for one
             context.load_cert_chain(self.certificate, self.key, password="")
             if self.client_ca:
                 context.load_verify_locations(self.client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+            return context
         except ssl.SSLError as error:
             raise ConfigError(f"the TLS certificate, key or authority cannot be used: {error}") from error
 
