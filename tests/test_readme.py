@@ -85,6 +85,14 @@ def prose(page: Path) -> str:
     return re.sub(r"^    .*\n", "", page.read_text(), flags=re.MULTILINE)
 
 
+def titles_of(page: Path) -> list[str]:
+    return re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+
+
+def anchor_of(title: str) -> str:
+    return re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+
+
 def spans(page: Path) -> list[str]:
     """What stands in backquotes, a line's end taken for a space."""
     return [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", prose(page))]
@@ -281,13 +289,46 @@ def test_every_option_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page)):
+    text = prose(page)
+    defined = re.findall(r"^\[[^]]+\]: (?!https?:)(\S+)$", text, re.MULTILINE)
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text) + defined:
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
         assert target.exists(), link
         if anchor:
-            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, link
+            assert anchor in {anchor_of(title) for title in titles_of(target)}, link
+
+
+def test_the_bounds_of_all_figures_link_to_entries_of_the_log() -> None:
+    text = re.sub(r"`[^`]*`", "", prose(ROOT / "docs" / "performance.md"))
+    defined = re.findall(r"^\[([^]]+)\]: performance-log\.md#", text, re.MULTILINE)
+    used = re.findall(r"\[([^]]+)\](?![:(])", text)
+    assert len(set(defined)) == len(defined)
+    assert set(used) == set(defined)
+    for area in text.partition("## What bounds each figure")[2].split("\n### ")[1:]:
+        assert re.findall(r"^- \*\*(.+?)\*\*:", area, re.MULTILINE) == ["Bound", "Gains most", "Not in use"], area
+
+
+def test_the_log_has_an_index_of_its_entries_by_area() -> None:
+    log = ROOT / "docs" / "performance-log.md"
+    index, _, entries = log.read_text().partition("\n## Entries\n")
+    titles = re.findall(r"^### (.+)$", entries, re.MULTILINE)
+    assert len(set(titles)) == len(titles)
+    assert [title[:10] for title in titles] == sorted((title[:10] for title in titles), reverse=True)
+    order = {anchor_of(title): number for number, title in enumerate(titles)}
+    found: set[str] = set()
+    areas = re.split(r"^\*\*\[", index, flags=re.MULTILINE)[1:]
+    for area in areas:
+        lines = re.findall(r"^- (\S+): \[(.+)\]\(#(.+)\)$", area, re.MULTILINE)
+        for date, text, anchor in lines:
+            assert f"{date}: {text}".lower() == titles[order[anchor]].lower(), area
+        anchors = [anchor for *_, anchor in lines]
+        assert anchors
+        assert sorted(anchors, key=order.__getitem__) == anchors, "newest first, as the entries are"
+        found |= set(anchors)
+    assert found == set(order)
+    bounds = re.findall(r"^### (.+)$", (ROOT / "docs" / "performance.md").read_text(), re.MULTILINE)
+    assert [area.partition("](")[0] for area in areas] == bounds
 
 
 def test_extras_targets_and_stages_exist() -> None:

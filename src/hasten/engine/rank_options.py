@@ -15,7 +15,7 @@ LEAST_STEP_TOKENS = {"cpu": 96, "cuda": 1024}
 reading weights."""
 _TEXT_STEP_TOKENS = {"cpu": 1, "cuda": 32_768}
 """Tokens of a step of texts of which vectors or scores are made, at least: nobody waits for the end of a step, and a
-GPU takes a third less time over as many tokens in larger steps (docs/performance.md)."""
+GPU takes a third less time over as many tokens in larger steps (docs/performance-log.md)."""
 _STEP_BLOCK = 1
 """Tokens of a block of a cache that holds one step's texts, on a GPU: each token's keys and values lie in its own row,
 where a product may leave them."""

@@ -2,7 +2,7 @@
 
 The shares of a device's limits that steps reach, and what each layer takes besides, are those of one H200, where
 BLOOM-7B1, LLaMA-3-8B and Qwen3-30B-A3B were measured, and of two CPU cores with the demo model and 12 layers of LLaMA
-and of BLOOM (docs/performance.md).
+and of BLOOM (docs/performance-log.md).
 """
 
 import math

@@ -3,7 +3,7 @@
 The kernels of `native/integers.py` multiply where they can. Where the CPU adds products of int8 up exactly, inputs
 become whole numbers. Where the scheme rounds them to int8, they
 are one such number; else each token's values are rounded to multiples of 1/16319 of its largest, and such a number is
-two int8 digits. That is finer than fp16 (docs/performance.md). A token's result does not depend on its neighbours.
+two int8 digits. That is finer than fp16 (docs/performance-log.md). A token's result does not depend on its neighbours.
 """
 
 from functools import cache

@@ -2,8 +2,8 @@
 
 Weights in bf16 stay so where the processor multiplies them (`bf16.py`). Other half-precision weights are widened to
 fp32 when they are packed: without instructions for them a CPU takes 20 times as long over a half-precision product
-(docs/performance.md), and the products are then summed in fp32 as well. So are weights in fp8, of which a CPU has no
-products at all; weights in int8 stay so.
+(docs/performance-log.md), and the products are then summed in fp32 as well. So are weights in fp8, of which a CPU has
+no products at all; weights in int8 stay so.
 """
 
 from dataclasses import replace

@@ -221,7 +221,7 @@ def _tiles(run: int | None, head_size: int, block_size: int, wide: bool, whole: 
 
 
 def _consecutive(head_size: int, wide: bool) -> dict[str, Any]:
-    """The options for tiles of sequences whose blocks follow each other; measured: docs/performance.md."""
+    """The options for tiles of sequences whose blocks follow each other; measured: docs/performance-log.md."""
     if wide:
         keys, stages = 16 if head_size > 128 else 32, 1
     else:
@@ -274,7 +274,7 @@ def _single(
 
 
 _WIDEST_ALONE = 128
-"""Head size up to which that was measured: docs/performance.md."""
+"""Head size up to which that was measured: docs/performance-log.md."""
 
 
 def _product(keys: int, block_size: int, wide: bool) -> dict[str, Any]:
@@ -288,7 +288,7 @@ def _cut(queries: int, narrow: bool) -> tuple[int, int, int]:
 
     Small programs fill the device evenly; but one sequence wants its few programs to be quick, and with many the memory
     is busy anyway and larger pieces suit it. Keys in 8 bits are half as many bytes, so more of them are on their way.
-    Measured: docs/performance.md.
+    Measured: docs/performance-log.md.
     """
     if narrow and queries > 2:
         return 8, 5, 1
@@ -300,7 +300,7 @@ def _group_cut(queries: int, rows: int, width: int, wide: bool, narrow: bool) ->
 
     Few programs each have much in flight, but leave room for others beside them; with many the memory is busy anyway,
     and a single warp waits for no other. Keys in 8 bits are half as many bytes, and were measured up to 16 queries.
-    Measured: docs/performance.md.
+    Measured: docs/performance-log.md.
     """
     warps = -(-rows * width // 2048)  # 64 registers of a thread hold its share of the sums
     if wide:

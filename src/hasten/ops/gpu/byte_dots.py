@@ -233,7 +233,7 @@ class Cut:
 
 
 _BYTES, _NIBBLES = Cut(4, 512, 4), Cut(4, 1024, 8)
-"""Measured choices: docs/performance.md."""
+"""Measured choices: docs/performance-log.md."""
 _HALF_BYTE = 128
 _VECTOR = 16
 """Bytes of a weight that a thread reads at once, all of one group."""

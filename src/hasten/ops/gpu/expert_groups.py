@@ -249,7 +249,7 @@ _CUTS = (
     (64, _Cut(64, 64, 64, 64, 4, 4)),
     (float("inf"), _Cut(128, 128, 256, 64, 4, 8)),
 )
-"""By the largest number of pairs of an expert on average. Chosen by counting bytes; docs/performance.md."""
+"""By the largest number of pairs of an expert on average. Chosen by counting bytes; docs/performance-log.md."""
 
 
 def grouped(

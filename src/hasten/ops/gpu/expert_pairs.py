@@ -136,9 +136,9 @@ def _down(
 
 _GATE_UP = ((2880, 2, 1), (float("inf"), 8, 4))
 """By the most input features: output features of a program, of each half, and its warps. So few input features are all
-under way at once in the registers of a warp. Measured: docs/performance.md."""
+under way at once in the registers of a warp. Measured: docs/performance-log.md."""
 _DOWN_ROWS, _DOWN_WARPS = 1, 1
-"""A warp that depends on no other keeps more loads under way: measured in docs/performance.md."""
+"""A warp that depends on no other keeps more loads under way: measured in docs/performance-log.md."""
 _BLOCK = 256
 """Input features at a time: those of one warp, so that a row is summed within it."""
 

@@ -288,7 +288,7 @@ def product(
 
 
 def _cut(rows: int, split: bool) -> Cut:
-    """Measured choices: docs/performance.md. Where columns may be split there are programs enough for wide ones.
+    """Measured choices: docs/performance-log.md. Where columns may be split there are programs enough for wide ones.
 
     With more rows, weights are scaled once for all of them, so that sums need no registers of their own.
     """

@@ -167,7 +167,7 @@ def _store_heads(
 
 
 def _heads_per_program(rows: int, heads: int, block: int) -> int:
-    """Larger programs are fewer to start, but few rows want all multiprocessors. Measured: docs/performance.md."""
+    """Larger programs are fewer to start, but few rows want all multiprocessors. Measured: docs/performance-log.md."""
     dimensions = next((most for limit, most in _DIMENSIONS if rows <= limit), _MOST_DIMENSIONS)
     return min(max(1, dimensions // block), triton.next_power_of_2(heads))
 

@@ -264,7 +264,7 @@ def _pairs() -> ModuleType | None:
 
 
 def _options(width: int, wide: bool) -> dict[str, Any]:
-    """Keys at a time, stages and warps for heads of a padded size; measured: docs/performance.md."""
+    """Keys at a time, stages and warps for heads of a padded size; measured: docs/performance-log.md."""
     if wide:
         return {"BLOCK_N": 16, "STAGES": 1, "num_warps": 4, "PRECISION": "ieee"}
     keys, stages = (64, 3) if width <= 128 else (32, 2)

@@ -275,7 +275,7 @@ def _splits(rows: int, weight: PackedLinear) -> int:
 
 
 def _cut(rows: int, features: int, splits: int, multiprocessors: int) -> Cut:
-    """The cut that keeps all multiprocessors busy to the end; measured choices: docs/performance.md."""
+    """The cut that keeps all multiprocessors busy to the end; measured choices: docs/performance-log.md."""
     if splits > 1:
         return _WIDE
     busy = triton.cdiv(features, _WIDE.block_n) / multiprocessors

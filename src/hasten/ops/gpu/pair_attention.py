@@ -28,7 +28,7 @@ _FAR = gl.constexpr(-(2.0**100))
 instruction of two of them is 0 and its exponent 1, not infinite."""
 _TILE = gl.constexpr(TILE)
 _BLOCK_N, _STAGES = GATHERED_KEYS, 2
-"""Keys of a block, and blocks of keys and of values in shared memory: measured, docs/performance.md."""
+"""Keys of a block, and blocks of keys and of values in shared memory: measured, docs/performance-log.md."""
 _REGISTERS, _FEW_REGISTERS = 240, 24
 """Of a thread that multiplies, and of one that brings."""
 _sync = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the name before triton 3.7, and since

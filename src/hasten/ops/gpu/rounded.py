@@ -245,7 +245,7 @@ def _cut(
         if rounds / math.ceil(rounds) >= _BUSY:
             break
     else:
-        cut, splits = fitting[0 if digits > 1 and rows <= _FEW_ROWS else -1]  # measured: docs/performance.md
+        cut, splits = fitting[0 if digits > 1 and rows <= _FEW_ROWS else -1]  # measured: docs/performance-log.md
     stage = (cut.block_n + digits * cut.block_m) * cut.block_k
     return replace(cut, stages=max(2, min(cut.stages, shared // stage))), splits
 

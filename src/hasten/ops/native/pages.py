@@ -1,7 +1,8 @@
 """Memory for what a CPU reads from beginning to end at each step: its weights.
 
 It comes in pages of 2 MiB where Linux has them for whoever asks. A processor fetches ahead no further than to the end
-of a page, and looks up the address of each: from pages of 4 KiB a core reads a third more slowly (docs/performance.md).
+of a page, and looks up the address of each: from pages of 4 KiB a core reads a third more slowly
+(docs/performance-log.md).
 """
 
 import math
