@@ -317,8 +317,9 @@ def test_a_call_is_counted_as_requests_of_all_transports_are() -> None:
             client.step("a", number, finished=True)
         await answering
         await ending
-        assert (counters.success.count, counters.inference_count, counters.execution_count) == (1, 2, 1)
-        assert (counters.pending, counters.queue.count, list(counters.batches)) == (0, 1, [2])
+        counts = counters.durations.counts
+        assert (counts["success"], counters.inference_count, counters.execution_count) == (1, 2, 1)
+        assert (counters.pending, counts["queue"], list(counters.batches)) == (0, 1, [2])
 
     asyncio.run(check())
 
@@ -344,6 +345,6 @@ def test_a_call_that_fails_is_counted_by_its_reason(error: HastenError | None, r
             client.tickets[0].fail(error)
         await asyncio.wait([answering])
         failures = {each: count for each, count in client.counters.failures.items() if count}
-        assert (failures, client.counters.fail.count, client.counters.pending) == ({reason: 1}, 1, 0)
+        assert (failures, client.counters.durations.counts["fail"], client.counters.pending) == ({reason: 1}, 1, 0)
 
     asyncio.run(check())

@@ -182,8 +182,8 @@ def test_counters_are_there_at_0_from_the_start(service: Counted) -> None:
 
 def test_what_was_counted_is_exposed(service: Counted) -> None:
     counters = service.counters.of("tokens", "1")
-    counters.success.add(3_000_000)
-    counters.queue.add(5000)
+    counters.durations.add("success", 3_000_000)
+    counters.durations.add("queue", 5000)
     counters.failures[FailureReason.REJECTED] += 2
     counters.inference_count, counters.execution_count, counters.pending = 8, 1, 4
     counters.load_seconds = 1.5

@@ -7,11 +7,12 @@ from tests.waiting import attempts
 from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.server.engine.queue import QueueFullError, QueueTimeoutError
 from hasten.server.exposition import Histogram
-from hasten.server.models.work import Work
+from hasten.server.models.work import Clock
 from hasten.server.statistics import (
     Counters,
     FailureReason,
     ModelCounters,
+    Tally,
 )
 from hasten.server.types import ErrorKind, InferRequest, ServiceError
 
@@ -20,10 +21,6 @@ pytestmark = pytest.mark.any_python
 __all__ = ["demo", "streaming"]
 
 PROMPTS = [[9, 10, 304, 262], [5]]
-
-
-def work(batch_size: int = 1) -> Work:
-    return Work("", "m", {}, batch_size, frozenset(), {})
 
 
 def test_a_histogram_counts_what_is_at_most_its_bound() -> None:
@@ -36,13 +33,14 @@ def test_a_histogram_counts_what_is_at_most_its_bound() -> None:
 
 def test_a_request_is_pending_until_its_first_response_and_counts_once() -> None:
     counters = ModelCounters()
-    tracked = counters.track(work(3))
+    tally = Tally(counters, Clock(), 3, decoupled=True)
     assert counters.pending == 1
-    tracked.respond(decoupled=True)
+    tally.respond()
     assert counters.pending == 0
-    tracked.succeed()
-    tracked.fail(GeneratorExit())  # its client leaves with the last response
-    assert (counters.success.count, counters.fail.count, counters.pending) == (1, 0, 0)
+    tally.succeed()
+    tally.fail(GeneratorExit())  # its client leaves with the last response
+    counts = counters.durations.counts
+    assert (counts["success"], counts["fail"], counters.pending) == (1, 0, 0)
     assert (counters.inference_count, counters.execution_count) == (3, 1)
     assert counters.first_response_ms.count == 1
 
@@ -68,9 +66,9 @@ def caused(kind: ErrorKind, cause: Exception) -> ServiceError:
 )
 def test_why_requests_fail(error: BaseException, reason: FailureReason) -> None:
     counters = ModelCounters()
-    counters.track(work()).fail(error)
+    Tally(counters, Clock(), 1, decoupled=False).fail(error)
     assert {name: count for name, count in counters.failures.items() if count} == {reason: 1}
-    assert (counters.pending, counters.fail.count) == (0, 1)
+    assert (counters.pending, counters.durations.counts["fail"]) == (0, 1)
 
 
 def test_what_the_protocol_reports(demo: Running) -> None:
@@ -108,12 +106,12 @@ def test_most_of_the_time_is_that_of_the_engine(demo: Running) -> None:
 
 
 def test_refused_before_the_model_is_not_a_failure_of_it(demo: Running) -> None:
-    counters = demo.service.counters.of("fastertransformer", "1")
-    before = counters.fail.count
+    counts = demo.service.counters.of("fastertransformer", "1").durations.counts
+    before = counts["fail"]
     demo.refused(InferRequest("fastertransformer", []))
-    assert counters.fail.count == before
+    assert counts["fail"] == before
     demo.refused(token_request([[5000]], 4))
-    assert counters.fail.count == before + 1
+    assert counts["fail"] == before + 1
 
 
 def test_statistics_of_what_is_not_there(demo: Running) -> None:

@@ -20,9 +20,9 @@ from hasten.server.models.config import is_decoupled
 from hasten.server.models.interfaces import TEXT_KINDS
 from hasten.server.models.parameters import token_model_of
 from hasten.server.repository import Repository
-from hasten.server.statistics import Counters
+from hasten.server.statistics import Counters, Tally
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, invalid
-from hasten.server.version import LoadFailure, State, Tally, Version, version_number
+from hasten.server.version import LoadFailure, State, Version, version_number
 
 EXTENSIONS = (
     *("classification", "sequence", "model_repository", "model_repository(unload_dependents)", "schedule_policy"),
@@ -154,7 +154,7 @@ class Service:
             raise invalid(f"requested model '{model}' is not available")
         if model and not found:
             raise invalid(f"requested model version is not available for model '{model}'")
-        return [self.counters.of(each.name, str(each.number)).message(each.name, str(each.number)) for each in found]
+        return [self.counters.of(each.name, str(each.number)).message() for each in found]
 
     def index(self, *, ready: bool = False) -> list[service_pb2.RepositoryIndexResponse.ModelIndex]:
         """What the repository holds, and the state of what was loaded; `ready`: only what serves.

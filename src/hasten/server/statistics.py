@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 from tritonclient.grpc import service_pb2
 
@@ -11,7 +12,10 @@ from hasten.core.errors import EngineError, HastenError
 from hasten.server.engine.counters import LanguageCounters
 from hasten.server.engine.queue import QueueError
 from hasten.server.exposition import Histogram
-from hasten.server.models.work import Work
+from hasten.server.models.work import Clock
+
+if TYPE_CHECKING:
+    from hasten.server.engine.ticket import Progress
 
 
 class FailureReason(Enum):
@@ -29,131 +33,115 @@ class FailureReason(Enum):
 _FIRST_RESPONSE_MS = (100.0, 500.0, 2000.0, 5000.0)
 
 
-@dataclass
-class Duration:
-    """Times that something took."""
+class Durations:
+    """How often requests, or parts of them, took how long in all, by the protocol's names of these."""
 
-    count: int = 0
-    ns: int = 0
+    def __init__(self, kind: Any) -> None:
+        """`kind`: the protocol's message of them."""
+        self.counts = {field.name: 0 for field in kind.DESCRIPTOR.fields if field.message_type is not None}
+        self.ns = dict(self.counts)
 
-    def add(self, ns: int) -> None:
+    def add(self, name: str, ns: int) -> None:
         """Count one that took `ns` nanoseconds."""
-        self.count += 1
-        self.ns += max(0, ns)
+        self.counts[name] += 1
+        self.ns[name] += max(0, ns)
 
-    @property
-    def us(self) -> int:
-        """In microseconds."""
-        return self.ns // 1000
+    def us(self, name: str) -> int:
+        """All time of one, in microseconds."""
+        return self.ns[name] // 1000
 
-    def message(self) -> service_pb2.StatisticDuration:
-        """As the protocol has it."""
-        return service_pb2.StatisticDuration(count=self.count, ns=self.ns)
-
-
-@dataclass
-class Compute:
-    """The three parts of computing a request."""
-
-    input: Duration = field(default_factory=Duration)
-    infer: Duration = field(default_factory=Duration)
-    output: Duration = field(default_factory=Duration)
-
-    def add(self, work: Work, end: int) -> None:
-        """Count a request that ended at `end`."""
-        clock = work.clock
-        prepared = clock.prepared or end
-        computed = clock.computed or end
-        self.input.add(prepared - clock.begun)
-        self.infer.add(computed - prepared - clock.queued)
-        self.output.add(end - computed)
-
-    def messages(self) -> dict[str, service_pb2.StatisticDuration]:
+    def messages(self) -> dict[str, Any]:
         """As the protocol has them."""
-        return {
-            "compute_input": self.input.message(),
-            "compute_infer": self.infer.message(),
-            "compute_output": self.output.message(),
-        }
+        return {name: {"count": count, "ns": self.ns[name]} for name, count in self.counts.items()}
 
 
-@dataclass
 class ModelCounters:
     """Of one version of a model, since the server's start: loading it again does not set them back."""
 
-    success: Duration = field(default_factory=Duration)
-    fail: Duration = field(default_factory=Duration)
-    queue: Duration = field(default_factory=Duration)
-    compute: Compute = field(default_factory=Compute)
-    failures: dict[FailureReason, int] = field(default_factory=lambda: dict.fromkeys(FailureReason, 0))
-    inference_count: int = 0
-    """Items of all batches."""
-    execution_count: int = 0
-    """Requests: the engine batches them anew at every step."""
-    last_inference_ms: int = 0
-    """Since 1970."""
-    pending: int = 0
-    """Requests under way that have no response yet."""
-    batches: dict[int, Compute] = field(default_factory=dict)
-    """By the batch size of the request."""
-    first_response_ms: Histogram = field(default_factory=lambda: Histogram(_FIRST_RESPONSE_MS))
-    """Of a decoupled model."""
-    load_seconds: float = 0.0
-    language: LanguageCounters | None = None
-    """Of the engines of a model that owns some."""
+    def __init__(self, model: str = "", version: str = "") -> None:
+        self._model, self._version = model, version
+        self.durations = Durations(service_pb2.InferStatistics)
+        self.batches: dict[int, Durations] = {}
+        """By the batch size of the request."""
+        self.inference_count = 0
+        """Items of all batches."""
+        self.execution_count = 0
+        """Requests: the engine batches them anew at every step."""
+        self.last_inference_ms = 0
+        """Since 1970."""
+        self.failures = dict.fromkeys(FailureReason, 0)
+        self.pending = 0
+        """Requests under way that have no response yet."""
+        self.first_response_ms = Histogram(_FIRST_RESPONSE_MS)
+        """Of a decoupled model."""
+        self.load_seconds = 0.0
+        self.language: LanguageCounters | None = None
+        """Of the engines of a model that owns some."""
 
-    def track(self, work: Work) -> "Tracked":
-        """Count a request from now on, until it has succeeded or failed."""
-        return Tracked(self, work)
-
-    def message(self, model: str, version: str) -> service_pb2.ModelStatistics:
+    def message(self) -> service_pb2.ModelStatistics:
         """As the protocol has it."""
-        nothing = service_pb2.StatisticDuration()
         return service_pb2.ModelStatistics(
-            name=model,
-            version=version,
+            name=self._model,
+            version=self._version,
             last_inference=self.last_inference_ms,
             inference_count=self.inference_count,
             execution_count=self.execution_count,
-            inference_stats=service_pb2.InferStatistics(
-                success=self.success.message(),
-                fail=self.fail.message(),
-                queue=self.queue.message(),
-                cache_hit=nothing,
-                cache_miss=nothing,
-                **self.compute.messages(),
-            ),
-            batch_stats=[
-                service_pb2.InferBatchStatistics(batch_size=size, **compute.messages())
-                for size, compute in sorted(self.batches.items())
-            ],
+            inference_stats=self.durations.messages(),
+            batch_stats=[{"batch_size": size, **batch.messages()} for size, batch in sorted(self.batches.items())],
         )
 
 
-class Tracked:
-    """A request under way. What it has come to first counts: a client may leave with the last response."""
+class Tally:
+    """Counts a request, from now on until it has succeeded or failed, as those of all transports and APIs are counted.
 
-    def __init__(self, counters: ModelCounters, work: Work) -> None:
+    What it has come to first counts: a client may leave with the last response.
+    """
+
+    def __init__(
+        self,
+        counters: ModelCounters,
+        clock: Clock,
+        items: int,
+        *,
+        decoupled: bool,
+        using: AbstractContextManager[None] | None = None,
+    ) -> None:
+        """`items`: its batch size. `using` is held until it is closed."""
         self._counters = counters
-        self._work = work
+        self._clock = clock
+        self._items = max(1, items)
+        self._decoupled = decoupled
+        self._using = using or nullcontext()
+        self._using.__enter__()
         self._responded = self._ended = False
         counters.pending += 1
 
-    def respond(self, *, decoupled: bool = False) -> None:
+    def respond(self) -> None:
         """There is a response, or there will be none."""
         if self._responded:
             return
         self._responded = True
         self._counters.pending -= 1
-        if decoupled:
-            self._counters.first_response_ms.observe((time.monotonic_ns() - self._work.clock.begun) / 1e6)
+        if self._decoupled:
+            self._counters.first_response_ms.observe((time.monotonic_ns() - self._clock.begun) / 1e6)
+
+    def take(self, progress: "Progress", *, last: bool) -> None:
+        """Something is new of an item that an engine computes; `last`: all items have ended."""
+        if progress.queue_seconds is not None:
+            self._clock.wait(progress.queue_seconds)
+            self.respond()
+        if progress.finished:
+            self._clock.compute()
+        if last:
+            self.succeed()
 
     def fail(self, error: BaseException) -> None:
         """It ends with an error."""
-        self.respond()
+        self._counters.pending -= not self._responded
+        self._responded = True
         if not self._ended:
             self._ended = True
-            self._counters.fail.add(time.monotonic_ns() - self._work.clock.begun)
+            self._counters.durations.add("fail", time.monotonic_ns() - self._clock.begun)
             self._counters.failures[_reason(error)] += 1
 
     def succeed(self) -> None:
@@ -162,15 +150,24 @@ class Tracked:
         if self._ended:
             return
         self._ended = True
-        counters, work = self._counters, self._work
-        end, items = time.monotonic_ns(), max(1, work.batch_size)
-        counters.success.add(end - work.clock.begun)
-        counters.queue.add(work.clock.queued)
-        counters.compute.add(work, end)
-        counters.batches.setdefault(items, Compute()).add(work, end)
-        counters.inference_count += items
+        counters, clock, end = self._counters, self._clock, time.monotonic_ns()
+        prepared, computed = clock.prepared or end, clock.computed or end
+        if (batch := counters.batches.get(self._items)) is None:
+            batch = counters.batches[self._items] = Durations(service_pb2.InferBatchStatistics)
+        counters.durations.add("success", end - clock.begun)
+        counters.durations.add("queue", clock.queued)
+        for durations in (counters.durations, batch):
+            durations.add("compute_input", prepared - clock.begun)
+            durations.add("compute_infer", computed - prepared - clock.queued)
+            durations.add("compute_output", end - computed)
+        counters.inference_count += self._items
         counters.execution_count += 1
         counters.last_inference_ms = time.time_ns() // 1_000_000
+
+    def close(self) -> None:
+        """Nobody waits for it any more: it was withdrawn unless it has ended."""
+        self.fail(GeneratorExit())
+        self._using.__exit__(None, None, None)
 
 
 def _reason(error: BaseException) -> FailureReason:
@@ -192,7 +189,7 @@ class Counters:
         """Those of one version; they are there from its first loading on."""
         key = (model, version)
         if key not in self._models:
-            self._models[key] = ModelCounters()
+            self._models[key] = ModelCounters(*key)
         return self._models[key]
 
     def all(self) -> Mapping[tuple[str, str], ModelCounters]:

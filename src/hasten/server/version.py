@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from contextlib import ExitStack, aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -12,16 +12,15 @@ from functools import cached_property
 from tritonclient.grpc import service_pb2
 
 from hasten.core.errors import HastenError, exit_status
-from hasten.server.engine.ticket import Progress
 from hasten.server.errors import service_error
 from hasten.server.models.config import is_decoupled
 from hasten.server.models.interfaces import Kind, datatype_name
 from hasten.server.models.model import Model
 from hasten.server.models.parameters import token_model_of
 from hasten.server.models.validation import Rules
-from hasten.server.models.work import Clock, Work
+from hasten.server.models.work import Clock
 from hasten.server.repository import Description
-from hasten.server.statistics import ModelCounters, Tracked
+from hasten.server.statistics import ModelCounters, Tally
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, invalid
 
 UNLOADED = "unloaded"
@@ -105,18 +104,18 @@ class Version:
     async def run(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """The responses to a request, checked and counted. Raises ServiceError alone."""
         work = self._rules.work(request)
-        outcomes, tracked = self.model.execute(work), self._counters.track(work)
-        number, decoupled = str(self.number), is_decoupled(self.config)
+        outcomes, number = self.model.execute(work), str(self.number)
+        tally = Tally(self._counters, work.clock, work.batch_size, decoupled=is_decoupled(self.config))
         with self.use():
             try:
                 async with aclosing(outcomes):
                     async for outcome in outcomes:
-                        tracked.respond(decoupled=decoupled)
+                        tally.respond()
                         if outcome.final:
-                            tracked.succeed()
+                            tally.succeed()
                         yield InferResponse(request.model, number, request.id, {}, outcome.outputs, outcome.final)
             except BaseException as error:
-                tracked.fail(error)
+                tally.fail(error)
                 if isinstance(error, HastenError):
                     raise service_error(error, request.id) from error
                 if not isinstance(error, Exception):  # the client has left
@@ -125,10 +124,14 @@ class Version:
                 text = f"model '{self.name}' failed; the server's log says more"
                 raise ServiceError(ErrorKind.INTERNAL, text) from error
 
-    def tally(self, items: int, begun: int, *, stream: bool = False) -> "Tally":
-        """Counts a request of this number of items that reaches its engine past its model; see Tally."""
-        work = Work("", self.name, {}, items, frozenset(), {}, clock=Clock(begun))
-        return Tally(self, work, self._counters.track(work), stream=stream)
+    def tally(self, items: int, begun: int, *, stream: bool = False) -> Tally:
+        """What counts a request of this number of items that an API makes of the engine past its model.
+
+        To be closed: it keeps the version meanwhile.
+        """
+        clock = Clock(begun)
+        clock.prepare()
+        return Tally(self._counters, clock, items, decoupled=stream, using=self.use())
 
     async def end(self, timeout: float) -> None:
         """Let its requests finish, for up to `timeout` seconds, and free what it holds."""
@@ -139,40 +142,6 @@ class Version:
             await self._model.close(max(0.0, deadline - time.monotonic()))
         self.description = replace(self.description, keep=None)
         self.fail(UNLOADED)
-
-
-class Tally:
-    """Counts a request that an API makes of a version's engine itself, as all are counted; keeps the version meanwhile.
-
-    To be closed.
-    """
-
-    def __init__(self, version: Version, work: Work, tracked: Tracked, *, stream: bool) -> None:
-        self._stream = stream
-        self._clock = work.clock
-        self._tracked = tracked
-        self._held = ExitStack()
-        self._held.enter_context(version.use())
-        self._clock.prepare()
-
-    def take(self, progress: Progress, *, last: bool) -> None:
-        """Something is new of an item; `last`: all items have ended."""
-        if progress.queue_seconds is not None:
-            self._clock.wait(progress.queue_seconds)
-            self._tracked.respond(decoupled=self._stream)
-        if progress.finished:
-            self._clock.compute()
-        if last:
-            self._tracked.succeed()
-
-    def fail(self, error: BaseException) -> None:
-        """It ends with an error."""
-        self._tracked.fail(error)
-
-    def close(self) -> None:
-        """Nobody waits for it any more: it was withdrawn unless it has ended."""
-        self._tracked.fail(GeneratorExit())
-        self._held.close()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hasten.server.engine.ticket import Progress, Ticket
 
 if TYPE_CHECKING:
     from hasten.server.openai.answer import Usage
-    from hasten.server.version import Tally
+    from hasten.server.statistics import Tally
 
 REQUESTS_PER_TURN = 32
 """That begin in one turn of the event loop, so that no number of them holds it up: each takes about 0.2 ms."""

@@ -15,7 +15,7 @@ from hasten.server.openai.params import OpenAIError
 
 if TYPE_CHECKING:
     from hasten.server.service import Service
-    from hasten.server.version import Tally
+    from hasten.server.statistics import Tally
 
 Key = tuple[str, str]
 """Model and version."""

@@ -22,7 +22,7 @@ from hasten.server.openai.answer import Usage
 from hasten.server.pooling.texts import Pair, TextReader
 
 if TYPE_CHECKING:
-    from hasten.server.version import Tally
+    from hasten.server.statistics import Tally
 
 _MOST_NUMBERS = 1 << 24
 """Of an answer: 64 MiB, and about five times that as JSON."""
