@@ -1,7 +1,7 @@
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,10 +11,10 @@ from hasten.core.errors import ConfigError
 from hasten.engine.text import Tokenizer
 from hasten.server import tokenizing
 from hasten.server.engine.queue import QueueLimits
+from hasten.server.lifecycle import Registry
 from hasten.server.models import text_processing
 from hasten.server.models.config import completed, is_decoupled, parse_config
 from hasten.server.models.ensemble import Ensemble, ordered_steps
-from hasten.server.models.model import Model, Served
 from hasten.server.models.work import Outcome, Work
 from hasten.server.statistics import FailureReason
 from hasten.server.types import ErrorKind, InferRequest, RequestedOutput, ServiceError, Tensor
@@ -217,7 +217,7 @@ class Shelf:
         self.models = models
         self.batches: list[Any] = []
 
-    def find(self, name: str, version: int = -1) -> Served:
+    def find(self, name: str, version: int = -1) -> Any:
         shelf = self
 
         class One:
@@ -225,7 +225,7 @@ class Shelf:
 
             def __init__(self) -> None:
                 self.name = name
-                self.model: Model = shelf.models[name]
+                self.model = shelf.models[name]
                 self.config = parse_config(
                     'input { name: "IN" data_type: TYPE_FP32 dims: [ -1 ] } '
                     'output { name: "OUT" data_type: TYPE_FP32 dims: [ -1 ] }',
@@ -236,10 +236,11 @@ class Shelf:
             def use(self) -> AbstractContextManager[None]:
                 return nullcontext()
 
-        return One()
+            def run(self, request: InferRequest) -> AsyncGenerator[Outcome, None]:
+                inputs = {tensor.name: tensor for tensor in request.inputs}
+                return self.model.execute(Work("", self.name, inputs, 1, frozenset(), {}))
 
-    def run(self, served: Served, request: InferRequest) -> AsyncGenerator[Outcome, None]:
-        return served.model.execute(Work("", served.name, {t.name: t for t in request.inputs}, 1, frozenset(), {}))
+        return One()
 
 
 def step(model: str, source: str, target: str) -> str:
@@ -255,7 +256,7 @@ def config(*steps: str, output: str = "Y") -> Any:
 
 def results(demo: Running, config: Any, shelf: Shelf) -> list[tuple[list[float], bool]]:
     async def collect() -> list[tuple[list[float], bool]]:
-        ensemble = Ensemble(config, shelf)
+        ensemble = Ensemble(config, cast(Registry, shelf))
         work = Work("", "e", {"X": tensor("X", "FP32", [1.0, 2.0])}, 1, frozenset({"Y"}), {})
         return [(each.outputs[0].data.tolist(), each.final) async for each in ensemble.execute(work)]
 
@@ -298,14 +299,14 @@ def test_a_step_that_fails_is_named(demo: Running) -> None:
 )
 def test_ensembles_that_cannot_be(demo: Running, make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Ensemble(make(), Shelf(a=Adder(), b=Adder()))
+        Ensemble(make(), cast(Registry, Shelf(a=Adder(), b=Adder())))
 
 
 def test_types_must_agree() -> None:
     result = config(step("a", "X", "Y"))
     result.input[0].data_type = 3
     with pytest.raises(ConfigError, match="tensor 'X' is UINT16, but input 'IN' of 'a' is FP32"):
-        Ensemble(result, Shelf(a=Adder()))
+        Ensemble(result, cast(Registry, Shelf(a=Adder())))
 
 
 def test_requested_outputs(demo: Running) -> None:

@@ -32,7 +32,8 @@ from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
 from hasten.core.types import FinishReason, PoolingParams, SamplingParams
 from hasten.server.app import Server
-from hasten.server.call import EndedRequest
+from hasten.server.engine.ticket import Ticket
+from hasten.server.engine.wire import FirstToken
 from hasten.server.options import LogOptions, ModelOptions, ServeOptions
 from hasten.server.tracing import OtelMetrics, Tracing
 
@@ -346,15 +347,15 @@ def test_requests_are_counted_in_the_conventions_metrics(http: httpx.Client, col
 
 def test_what_is_counted_of_a_request(collector: Collector) -> None:
     metrics = OtelMetrics(collector.url.replace("traces", "metrics"))
-    stop = (FinishReason.STOP,)
-    whole = EndedRequest("counted", SamplingParams(), 1.0, 1.5, 2.0, 5.0, 7, 0, 4, stop)
-    pair = replace(whole, output_tokens=8, reasons=stop * 2)
-    metrics.record("POST /v1/chat/completions", whole)
-    metrics.record("POST /v1/messages", pair)
-    metrics.record("POST /v1/responses", replace(whole, output_tokens=1))
-    failed = replace(whole, first_token=None, begun=None, output_tokens=0, reasons=(), error="QueueFullError")
-    metrics.record("POST /v1/chat/completions", failed)
-    metrics.record("POST /v1/embeddings", replace(whole, params=PoolingParams(), first_token=None, reasons=()))
+    stop = [FinishReason.STOP]
+    whole = Ticket(1, (1,) * 7, 1, bytearray(), model="counted", params=SamplingParams(), arrived=1.0, begun=1.5)
+    whole.first, whole.tokens, whole.reasons = FirstToken(2.0, 0), 4, stop
+    metrics.record("POST /v1/chat/completions", whole, 5.0, None)
+    metrics.record("POST /v1/messages", replace(whole, tokens=8, reasons=stop * 2), 5.0, None)
+    metrics.record("POST /v1/responses", replace(whole, tokens=1), 5.0, None)
+    failed = replace(whole, first=None, begun=None, tokens=0, reasons=[])
+    metrics.record("POST /v1/chat/completions", failed, 5.0, "QueueFullError")
+    metrics.record("POST /v1/embeddings", replace(whole, params=PoolingParams(), first=None, reasons=[]), 5.0, None)
     metrics.close()
     counted = {
         key[0].removeprefix("gen_ai.server."): point for key, point in collector.points.items() if key[1:] == CHATS

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hasten.core.errors import InvalidRequestError
-from hasten.core.types import FinishReason, PoolingParams, SamplingParams
+from hasten.core.types import FinishReason
 
 if TYPE_CHECKING:
     from hasten.server.engine.ticket import Ticket
@@ -40,26 +40,6 @@ current_call: ContextVar["Call | None"] = ContextVar("current_call", default=Non
 """The call that the running task works for; None outside of calls."""
 
 
-@dataclass(frozen=True)
-class EndedRequest:
-    """One request of an engine that has ended. Times are in seconds on the clock of `time.monotonic`."""
-
-    model: str
-    params: SamplingParams | PoolingParams
-    arrived: float
-    begun: float | None
-    """When the engine began to compute it; None where it did not."""
-    first_token: float | None
-    ended: float
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    reasons: tuple[FinishReason, ...]
-    """How its completions ended."""
-    error: str | None = None
-    """Class of the error that ended it."""
-
-
 @dataclass(slots=True)
 class Call:
     """One call."""
@@ -67,8 +47,8 @@ class Call:
     request_id: str
     trace: "TracedCall | None" = None
     """Where calls are traced."""
-    record: Callable[[EndedRequest], None] | None = None
-    """Counts a request of it, where OpenTelemetry's metrics are exported."""
+    record: "Callable[[Ticket, float, str | None], None] | None" = None
+    """Counts a request by the time of its end and its error's class, where OpenTelemetry's metrics are exported."""
     model: str = ""
     """As the client called it."""
     began: float = field(default_factory=time.monotonic)
@@ -83,42 +63,22 @@ class Call:
     """Until the first token of any of its requests."""
     reasons: set[FinishReason] = field(default_factory=set)
 
-    def end_request(
-        self, ticket: "Ticket", ended: float, reason: FinishReason | None = None, error: BaseException | None = None
-    ) -> None:
-        """Note that a request has ended; `reason` and `error` of one that ended without its last output."""
+    def end_request(self, ticket: "Ticket", ended: float, error: BaseException | None = None) -> None:
+        """Note that a request has ended, by its last output or by an error."""
         self.requests += 1
         self.prompt_tokens += len(ticket.prompt_token_ids)
         self.output_tokens += ticket.tokens
         self.queue_seconds = max(self.queue_seconds, (ticket.begun or ended) - ticket.arrived)
-        reasons = tuple(ticket.reasons) if reason is None else (*ticket.reasons, reason)
-        self.reasons.update(reasons)
-        first, cached = None, 0
-        if ticket.first is not None:
-            first, cached = ticket.first.at, ticket.first.cached_tokens
-            self.cached_tokens += cached
-            if self.first_token_seconds is None or first - self.began < self.first_token_seconds:
-                self.first_token_seconds = first - self.began
-        if self.trace is None and self.record is None:
-            return
-        assert ticket.params is not None, "a ticket of a call has its parameters"
-        request = EndedRequest(
-            model=ticket.model,
-            params=ticket.params,
-            arrived=ticket.arrived,
-            begun=ticket.begun,
-            first_token=first,
-            ended=ended,
-            prompt_tokens=len(ticket.prompt_token_ids),
-            cached_tokens=cached,
-            output_tokens=ticket.tokens,
-            reasons=reasons,
-            error=None if error is None else type(error).__name__,
-        )
+        self.reasons.update(ticket.reasons)
+        if (first := ticket.first) is not None:
+            self.cached_tokens += first.cached_tokens
+            if self.first_token_seconds is None or first.at - self.began < self.first_token_seconds:
+                self.first_token_seconds = first.at - self.began
+        kind = None if error is None else type(error).__name__
         if self.trace is not None:
-            self.trace.add(request)
+            self.trace.add(ticket, ended, kind)
         if self.record is not None:
-            self.record(request)
+            self.record(ticket, ended, kind)
 
     def fields(self) -> Mapping[str, object]:
         """What a log line says of its requests; nothing where it had none."""

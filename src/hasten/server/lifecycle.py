@@ -18,14 +18,14 @@ from hasten.server.engine.queue import QueueLimits
 from hasten.server.models.encoder_model import EncoderModel, PooledTextModel, check_model_type
 from hasten.server.models.ensemble import Ensemble
 from hasten.server.models.interfaces import POOLING_KINDS, Kind
-from hasten.server.models.model import Model, Served
+from hasten.server.models.model import Model
 from hasten.server.models.parameters import queue_limits
 from hasten.server.models.text_model import TextModel
 from hasten.server.models.text_processing import Postprocessing, Preprocessing
 from hasten.server.models.token_model import TokenModel
 from hasten.server.repository import Description, Repository
 from hasten.server.statistics import Counters
-from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, invalid
+from hasten.server.types import ErrorKind, ServiceError, invalid
 from hasten.server.version import UNLOADED, LoadFailure, State, Version, dependencies, load_error
 
 StartEngine = Callable[..., Awaitable[EngineClient]]
@@ -88,11 +88,6 @@ class Registry:
         if not self.serves(numbers[version]):
             raise ServiceError(ErrorKind.UNAVAILABLE, f"{unknown} version {version} is not at ready state")
         return numbers[version]
-
-    def run(self, served: Served, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
-        """Compute a request with a version that `find` gave."""
-        assert isinstance(served, Version)
-        return served.run(request)
 
     def serves(self, version: Version) -> bool:
         """Whether it takes requests: it is loaded, and so is all that it needs."""

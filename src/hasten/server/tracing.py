@@ -17,12 +17,13 @@ from hasten import __version__
 from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
 from hasten.core.types import PoolingParams, SamplingParams
-from hasten.server.call import EndedRequest
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.trace import Span
+
+    from hasten.server.engine.ticket import Ticket
 
 _log = logging.getLogger(__name__)
 _LAST_SPANS_S = 3.0
@@ -138,7 +139,7 @@ def check_otlp(signal: str, endpoint: str) -> None:
         raise ConfigError(f"{variable} is {protocol!r:.80}; {signal} are exported over http/protobuf alone")
 
 
-def operation_of(call: str, params: SamplingParams | PoolingParams) -> str:
+def operation_of(call: str, params: SamplingParams | PoolingParams | None) -> str:
     """What a request of a call with this name does, as the conventions call it."""
     if isinstance(params, PoolingParams):
         return "embeddings"
@@ -146,7 +147,7 @@ def operation_of(call: str, params: SamplingParams | PoolingParams) -> str:
     return "chat" if any(name in call for name in chats) else "text_completion"
 
 
-def _about(request: EndedRequest, operation: str) -> dict[str, Any]:
+def _about(request: "Ticket", operation: str) -> dict[str, Any]:
     """What spans and metrics say of a request."""
     models = dict.fromkeys(("gen_ai.request.model", "gen_ai.response.model"), request.model)
     return {"gen_ai.operation.name": operation, "gen_ai.provider.name": "hasten", **models}
@@ -183,8 +184,8 @@ class TracedCall:
             self._span.set_status(StatusCode.ERROR)
         self._span.end()
 
-    def add(self, request: EndedRequest) -> None:
-        """Export what became of a request."""
+    def add(self, request: "Ticket", ended: float, error: str | None) -> None:
+        """Export what became of a request, which ended at this time, or by an error of this class."""
         from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 
         if not self._span.is_recording():
@@ -194,44 +195,46 @@ class TracedCall:
             f"{operation} {request.model}".strip(),
             self._context,
             SpanKind.INTERNAL,
-            _attributes(request, operation),
+            _attributes(request, ended, operation),
             start_time=self._ns(request.arrived),
         )
         below = set_span_in_context(span, self._context)
-        ends = {"queue": request.begun, "prefill": request.first_token, "decode": request.ended}
+        first = None if request.first is None else request.first.at
+        ends = {"queue": request.begun, "prefill": first, "decode": ended}
         begin = request.arrived
         for name, end in ends.items():
             part = self._tracer.start_span(name, below, start_time=self._ns(begin))
-            part.end(self._ns(request.ended if end is None else end))
+            part.end(self._ns(ended if end is None else end))
             if end is None:
                 break
             begin = end
-        if request.error is not None:
-            span.set_attribute("error.type", request.error)
+        if error is not None:
+            span.set_attribute("error.type", error)
             span.set_status(StatusCode.ERROR)
-        span.end(self._ns(request.ended))
+        span.end(self._ns(ended))
 
     def _ns(self, seconds: float) -> int:
         return self._offset + round(1e9 * seconds)
 
 
-def _attributes(request: EndedRequest, operation: str) -> dict[str, Any]:
+def _attributes(request: "Ticket", ended: float, operation: str) -> dict[str, Any]:
+    first = request.first
     attributes = _about(request, operation) | {
-        "gen_ai.usage.input_tokens": request.prompt_tokens,
-        "gen_ai.usage.cache_read.input_tokens": request.cached_tokens,
-        "gen_ai.usage.output_tokens": request.output_tokens,
-        "gen_ai.latency.e2e": request.ended - request.arrived,
+        "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
+        "gen_ai.usage.cache_read.input_tokens": 0 if first is None else first.cached_tokens,
+        "gen_ai.usage.output_tokens": request.tokens,
+        "gen_ai.latency.e2e": ended - request.arrived,
     }
     if request.reasons:
         attributes["gen_ai.response.finish_reasons"] = [reason.value for reason in request.reasons]
     if request.begun is not None:
         attributes["gen_ai.latency.time_in_queue"] = request.begun - request.arrived
-        attributes["gen_ai.latency.time_in_model_inference"] = request.ended - request.begun
-        if request.first_token is not None:
-            attributes["gen_ai.latency.time_in_model_prefill"] = request.first_token - request.begun
-            attributes["gen_ai.latency.time_in_model_decode"] = request.ended - request.first_token
-    if request.first_token is not None:
-        attributes["gen_ai.latency.time_to_first_token"] = request.first_token - request.arrived
+        attributes["gen_ai.latency.time_in_model_inference"] = ended - request.begun
+        if first is not None:
+            attributes["gen_ai.latency.time_in_model_prefill"] = first.at - request.begun
+            attributes["gen_ai.latency.time_in_model_decode"] = ended - first.at
+    if first is not None:
+        attributes["gen_ai.latency.time_to_first_token"] = first.at - request.arrived
     if isinstance(request.params, SamplingParams):
         requested = {name: getattr(request.params, field) for name, field in _REQUEST.items()}
         attributes |= {f"gen_ai.request.{name}": value for name, value in requested.items() if value not in (None, ())}
@@ -273,19 +276,18 @@ class OtelMetrics:
         self._each_token = histogram("time_per_output_token", _TOKEN_S, "Time per output token after the first one")
         self._closing: threading.Thread | None = None
 
-    def record(self, call: str, request: EndedRequest) -> None:
-        """Count a request of a call with this name."""
+    def record(self, call: str, request: "Ticket", ended: float, error: str | None) -> None:
+        """Count a request of a call with this name, which ended at this time, or by an error of this class."""
         attributes = _about(request, operation_of(call, request.params))
-        failed = {} if request.error is None else {"error.type": request.error}
-        self._duration.record(request.ended - request.arrived, attributes | failed)
-        if failed or request.first_token is None:
+        failed = {} if error is None else {"error.type": error}
+        self._duration.record(ended - request.arrived, attributes | failed)
+        if failed or request.first is None:
             return
-        self._first_token.record(request.first_token - request.arrived, attributes)
-        rest = request.output_tokens - max(1, len(request.reasons))
-        if rest > 0:
+        self._first_token.record(request.first.at - request.arrived, attributes)
+        completions = max(1, len(request.reasons))
+        if (rest := request.tokens - completions) > 0:
             # several completions are made at the same time
-            each = rest / max(1, len(request.reasons))
-            self._each_token.record((request.ended - request.first_token) / each, attributes)
+            self._each_token.record((ended - request.first.at) / (rest / completions), attributes)
 
     def close(self) -> None:
         """Export what is left, for some seconds: the collector may be gone. A second call does nothing."""

@@ -48,11 +48,6 @@ def _check_engines(count: int) -> None:
         )
 
 
-def _end_in_call(ticket: Ticket, reason: FinishReason | None, error: HastenError | None) -> None:
-    if ticket.call is not None:
-        ticket.call.end_request(ticket, time.monotonic(), reason, error)
-
-
 class EngineClosedError(EngineError):
     """The engine takes no requests any more: it is being drained, or is closed."""
 
@@ -243,7 +238,8 @@ class EngineClient(Intake):
 
     def end(self, ticket: Ticket, error: HastenError) -> None:
         """End a request with an error."""
-        _end_in_call(ticket, None, error)
+        if ticket.call is not None:
+            ticket.call.end_request(ticket, time.monotonic(), error)
         self._queue.remove(ticket)
         ticket.fail(error)
         self.engine_changed()
@@ -281,7 +277,9 @@ class EngineClient(Intake):
 
     def _count_end(self, ticket: Ticket, index: int, reason: FinishReason, error: HastenError | None = None) -> None:
         """Count a request of engine `index` that ends without its last output."""
-        _end_in_call(ticket, reason, error)
+        ticket.reasons.append(reason)
+        if ticket.call is not None:
+            ticket.call.end_request(ticket, time.monotonic(), error)
         self.counters.of(index).finished[reason] += 1
 
     def engine_stalled(self, replica: Replica) -> None:

@@ -10,7 +10,7 @@ in vLLM's backend, whose input `embedding_request` is taken too: JSON with `inpu
 """
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -25,12 +25,15 @@ from hasten.server.engine.wire import EngineInfo
 from hasten.server.json_size import check_json_size
 from hasten.server.models.config import parameter, wrong
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, ENCODER_TYPES, POOLING_KINDS, Kind
-from hasten.server.models.model import DependentModel, EngineModel, Models
+from hasten.server.models.model import DependentModel, EngineModel
 from hasten.server.models.work import Outcome, Work
 from hasten.server.pooling.call import Numbers, PoolingCall, Result
 from hasten.server.pooling.texts import TextReader
 from hasten.server.pooling.types import check_count
 from hasten.server.types import Tensor
+
+if TYPE_CHECKING:
+    from hasten.server.lifecycle import Registry
 
 _OUTPUTS: dict[str, dict[str, PoolingTask]] = {
     "bert": {"output_hidden_state": "token_embed", "output_embedding": "embed"},
@@ -165,7 +168,7 @@ _VLLM = msgspec.json.Decoder(_VllmRequest)
 class PooledTextModel(DependentModel):
     """One version of a text model that makes vectors or scores."""
 
-    def __init__(self, config: model_config_pb2.ModelConfig, kind: Kind, models: Models) -> None:
+    def __init__(self, config: model_config_pb2.ModelConfig, kind: Kind, models: "Registry") -> None:
         super().__init__(config, models)
         self._task = POOLING_KINDS[kind]
         pooling = self.token_engine().info.pooling

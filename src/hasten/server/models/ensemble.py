@@ -6,25 +6,27 @@ each of them, so an ensemble streams as its steps do.
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import ExitStack, aclosing
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tritonclient.grpc import model_config_pb2
 
 from hasten.server.models.config import is_decoupled, wrong
 from hasten.server.models.interfaces import datatype_name
-from hasten.server.models.model import Models, Served
+from hasten.server.models.model import Model
 from hasten.server.models.work import Outcome, Work
 from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, ServiceError, Tensor
+
+if TYPE_CHECKING:
+    from hasten.server.lifecycle import Registry
+    from hasten.server.version import Version
 
 Step: TypeAlias = Any  # model_config_pb2.ModelEnsembling.Step, which has no types
 
 
-class Ensemble:
+class Ensemble(Model):
     """One version of an ensemble."""
 
-    engine = None
-
-    def __init__(self, config: model_config_pb2.ModelConfig, models: Models) -> None:
+    def __init__(self, config: model_config_pb2.ModelConfig, models: "Registry") -> None:
         self._name = config.name
         self._models = models
         self._steps = ordered_steps(config)
@@ -53,7 +55,7 @@ class Ensemble:
                     yield Outcome([_renamed(tensors[name], name) for name in names], final)
 
     async def _run(
-        self, steps: list[tuple[Step, Served]], tensors: Mapping[str, Tensor], work: Work
+        self, steps: list[tuple[Step, "Version"]], tensors: Mapping[str, Tensor], work: Work
     ) -> AsyncGenerator[tuple[Mapping[str, Tensor], bool], None]:
         """What is known after these steps, and whether nothing follows."""
         if not steps:
@@ -68,8 +70,8 @@ class Ensemble:
                         yield known, final and outcome.final
 
     async def _outcomes(
-        self, step: Step, served: Served, tensors: Mapping[str, Tensor], work: Work
-    ) -> AsyncGenerator[Outcome | InferResponse, None]:
+        self, step: Step, version: "Version", tensors: Mapping[str, Tensor], work: Work
+    ) -> AsyncGenerator[InferResponse, None]:
         request = InferRequest(
             model=step.model_name,
             # an optional input that nobody gave, or an output that was not made, is left out
@@ -79,7 +81,7 @@ class Ensemble:
             outputs=[RequestedOutput(name) for name in step.output_map],
         )
         try:
-            async with aclosing(self._models.run(served, request)) as outcomes:
+            async with aclosing(version.run(request)) as outcomes:
                 async for outcome in outcomes:
                     yield outcome
         except ServiceError as error:
@@ -87,9 +89,6 @@ class Ensemble:
             raise ServiceError(
                 error.kind, f"in ensemble '{self._name}', {error}", error.retry_after
             ) from error.__cause__
-
-    async def close(self, timeout: float) -> None:
-        """It holds nothing."""
 
 
 def ordered_steps(config: model_config_pb2.ModelConfig) -> list[Step]:
@@ -119,7 +118,7 @@ def ordered_steps(config: model_config_pb2.ModelConfig) -> list[Step]:
     return ordered
 
 
-def _check_types(config: model_config_pb2.ModelConfig, models: Models) -> None:
+def _check_types(config: model_config_pb2.ModelConfig, models: "Registry") -> None:
     """ConfigError where a step has no such tensor, or two ends of one name have different types."""
     types = {tensor.name: tensor.data_type for tensor in (*config.input, *config.output)}
     for step in ordered_steps(config):

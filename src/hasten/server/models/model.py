@@ -1,32 +1,34 @@
 """What every kind of model offers the service."""
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tritonclient.grpc import model_config_pb2
 
 from hasten.core.errors import ConfigError
 from hasten.server.models.parameters import token_model_of
 from hasten.server.models.work import Outcome, Work
-from hasten.server.types import InferRequest, InferResponse
 
 if TYPE_CHECKING:
     from hasten.engine.text import Tokenizer
     from hasten.server.engine.client import EngineClient
+    from hasten.server.lifecycle import Registry
+    from hasten.server.version import Version
 
 
-class Model(Protocol):
+class Model(ABC):
     """One version of a model."""
 
+    engine: "EngineClient | None" = None
+    """The engine that it owns."""
+
     @property
+    @abstractmethod
     def ready(self) -> bool:
         """Whether requests can be computed now."""
 
-    @property
-    def engine(self) -> "EngineClient | None":
-        """The engine that it owns."""
-
+    @abstractmethod
     def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
         """Compute a request, from when the first response is awaited; closed, it is withdrawn.
 
@@ -34,36 +36,16 @@ class Model(Protocol):
         """
 
     async def close(self, timeout: float) -> None:
-        """Drain requests of other frontends for up to `timeout` seconds, then close."""
+        """Wait, for `timeout` seconds at most, for what other models still compute with its engine, and end that."""
+        if self.engine is not None:
+            await self.engine.drain(timeout)
+            await self.engine.close()
 
 
-class Served(Protocol):
-    """A version of a model as those that depend on it see it."""
-
-    name: str
-    number: int
-    config: model_config_pb2.ModelConfig
-
-    @property
-    def model(self) -> Model:
-        """What computes its requests."""
-
-    def use(self) -> AbstractContextManager[None]:
-        """Keep it from ending meanwhile."""
-
-
-class Models(Protocol):
-    """The models beside a model that depends on others."""
-
-    def find(self, name: str, version: int = -1) -> Served:
-        """The version that serves now, -1 for the newest; ServiceError where there is none."""
-
-    def run(self, served: Served, request: InferRequest) -> AsyncGenerator[Outcome | InferResponse, None]:
-        """Compute a request with it, checked and counted as if it had come from outside."""
-
-
-class EngineModel:
+class EngineModel(Model):
     """A version of a model with an engine of its own, which ends with it."""
+
+    engine: "EngineClient"
 
     def __init__(self, engine: "EngineClient") -> None:
         self.engine = engine
@@ -73,18 +55,11 @@ class EngineModel:
         """Whether the engine's process lives and has loaded the model."""
         return self.engine.ready
 
-    async def close(self, timeout: float) -> None:
-        """Wait, for `timeout` seconds at most, for what other models still compute with the engine, and end it."""
-        await self.engine.drain(timeout)
-        await self.engine.close()
 
-
-class DependentModel:
+class DependentModel(Model):
     """A version of a model that uses the engine of a token model: for each request that of the version that serves."""
 
-    engine: "EngineClient | None" = None
-
-    def __init__(self, config: model_config_pb2.ModelConfig, models: Models) -> None:
+    def __init__(self, config: model_config_pb2.ModelConfig, models: "Registry") -> None:
         self.token_model = token_model_of(config)
         self._models = models
 
@@ -93,11 +68,11 @@ class DependentModel:
         """Whether the token model is."""
         return self.find().model.ready
 
-    def find(self) -> Served:
+    def find(self) -> "Version":
         """The token model that serves now; ServiceError where there is none."""
         return self._models.find(self.token_model)
 
-    def token_engine(self, served: Served | None = None) -> "EngineClient":
+    def token_engine(self, served: "Version | None" = None) -> "EngineClient":
         """The engine of the token model, by default of the version that serves now; ConfigError where it has none."""
         engine = (served or self.find()).model.engine
         if engine is None:
@@ -112,6 +87,3 @@ class DependentModel:
         if tokenizer is None:
             raise ConfigError(f"model '{self.token_model}' has no tokenizer; set its parameter 'tokenizer_path'")
         return tokenizer
-
-    async def close(self, timeout: float) -> None:
-        """It holds nothing."""

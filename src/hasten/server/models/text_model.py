@@ -12,7 +12,7 @@ no name that is not known; among the request's own parameters those are ignored 
 import json
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -30,11 +30,14 @@ from hasten.server.engine.wire import CompletionDelta, EngineInfo
 from hasten.server.json_size import check_json_size
 from hasten.server.models.config import is_decoupled
 from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS
-from hasten.server.models.model import DependentModel, Models
+from hasten.server.models.model import DependentModel
 from hasten.server.models.sampling import sampling_options
 from hasten.server.models.token_inputs import end_options, sampling
 from hasten.server.models.work import Outcome, Work
 from hasten.server.types import ErrorKind, ServiceError, Tensor, Texts, invalid
+
+if TYPE_CHECKING:
+    from hasten.server.lifecycle import Registry
 
 _TENSORRT_LLM = frozenset(rule.name for rule in TENSORRT_LLM_INPUTS)
 _KNOWN = names_at(Entrance.TEXT)
@@ -189,7 +192,7 @@ def _decode(data: Any, name: str) -> str:
 class TextModel(DependentModel):
     """One version of a text model."""
 
-    def __init__(self, config: model_config_pb2.ModelConfig, models: Models) -> None:
+    def __init__(self, config: model_config_pb2.ModelConfig, models: "Registry") -> None:
         super().__init__(config, models)
         self._decoupled = is_decoupled(config)
         if (pooling := self.token_engine().info.pooling) is not None:

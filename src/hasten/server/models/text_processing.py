@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,15 @@ from tritonclient.grpc import model_config_pb2
 from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.engine.text import Tokenizer
 from hasten.server.models.config import parameter
-from hasten.server.models.model import DependentModel, Models
+from hasten.server.models.model import DependentModel
 from hasten.server.models.parameters import TOKENIZER
 from hasten.server.models.token_inputs import pack_words
 from hasten.server.models.work import Outcome, Work
 from hasten.server.tokenizing import FEW_DECODED, MAX_DECODED, Result, check_words, tokenizing
 from hasten.server.types import Tensor, invalid
+
+if TYPE_CHECKING:
+    from hasten.server.lifecycle import Registry
 
 _MAX_CSV_CHARACTERS = 32 << 10
 """Of the words of one item, with commas and quotes."""
@@ -35,7 +38,7 @@ _MAX_DISTINCT_WORDS = 16_384
 class _Processing(DependentModel):
     """A model that needs a tokenizer alone: its own, or the one of the token model that serves at the time."""
 
-    def __init__(self, config: model_config_pb2.ModelConfig, models: Models, folder: Path) -> None:
+    def __init__(self, config: model_config_pb2.ModelConfig, models: "Registry", folder: Path) -> None:
         super().__init__(config, models)
         own = parameter(config, TOKENIZER, "")
         self._own = Tokenizer.from_folder(folder / own) if own else None
