@@ -7,7 +7,7 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 
 from hasten.server.inflight import InflightBytes
-from hasten.server.protocol.proto import MAX_BYTES, MAX_FIELDS, check_message_size, infer_request, parsed, parsed_infer
+from hasten.server.protocol.proto import MAX_BYTES, MAX_FIELDS, infer_request, parsed, parsed_infer, split_message
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.protocol.tensors import MAX_TENSORS, MAX_TEXTS
 from hasten.server.types import LONGEST_MESSAGE, InferRequest, ServiceError
@@ -71,7 +71,7 @@ def test_messages_of_clients_are_parsed(kind: Any, raw: bytes) -> None:
 )
 def test_those_that_take_long_are_refused_unparsed(kind: Any, raw: bytes, message: str) -> None:
     with pytest.raises(ServiceError, match=message):
-        check_message_size(kind, raw)
+        split_message(kind, raw)
 
 
 def many(**counts: int) -> bytes:

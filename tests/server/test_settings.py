@@ -10,7 +10,7 @@ import pytest
 
 from hasten.core.errors import ConfigError
 from hasten.server.options import LogOptions
-from hasten.server.protocol.settings import LogHandler, LogSettings, TraceSettings, start_log, stop_log
+from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.types import ServiceError
 
 
@@ -23,14 +23,14 @@ def logger() -> Iterator[logging.Logger]:
     logger.handlers.clear()
 
 
-def written(logger: logging.Logger, settings: LogSettings) -> io.StringIO:
+def written(logger: logging.Logger, options: LogOptions | None = None) -> io.StringIO:
     stream = io.StringIO()
-    logger.addHandler(LogHandler(settings, stream))
+    logger.addHandler(LogSettings(options or LogOptions(), stream))
     return stream
 
 
 def test_a_line_looks_like_tritons(logger: logging.Logger) -> None:
-    stream = written(logger, LogSettings())
+    stream = written(logger)
     logger.info("Started HTTPService at %s", "0.0.0.0:8000")
     # I1123 09:09:53.563181 1763 http_server.cc:4713] "Started HTTPService at 0.0.0.0:18000"
     index = r"\d+ test_settings\.py:\d+\]"
@@ -39,13 +39,13 @@ def test_a_line_looks_like_tritons(logger: logging.Logger) -> None:
 
 
 def test_a_line_in_iso_format(logger: logging.Logger) -> None:
-    stream = written(logger, LogSettings(LogOptions(log_format="ISO8601")))
+    stream = written(logger, LogOptions(log_format="ISO8601"))
     logger.warning("careful")
     assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ W \d+ test_settings\.py:\d+\] "careful"\n', stream.getvalue())
 
 
 def test_a_record_is_an_object_of_json(logger: logging.Logger) -> None:
-    stream = written(logger, LogSettings(LogOptions(log_format="json")))
+    stream = written(logger, LogOptions(log_format="json"))
     logger.info("\n%s", "+--+\n|é|")
     logger.warning("call %s", 'x"\ny', extra={"fields": {"status": "200", "duration_ms": 1.5}})
     try:
@@ -62,7 +62,7 @@ def test_a_record_is_an_object_of_json(logger: logging.Logger) -> None:
 
 
 def test_a_message_cannot_pass_for_another_line(logger: logging.Logger) -> None:
-    stream = written(logger, LogSettings())
+    stream = written(logger)
     message = 'x"\nE1123 09:09:53.563181 1 server.py:1] "forged'
     logger.info("%s", message)
     (line,) = stream.getvalue().splitlines()
@@ -70,7 +70,7 @@ def test_a_message_cannot_pass_for_another_line(logger: logging.Logger) -> None:
 
 
 def test_a_table_stands_on_lines_of_its_own(logger: logging.Logger) -> None:
-    stream = written(logger, LogSettings())
+    stream = written(logger)
     logger.info("\n%s", "+--+\n")
     heading, table, empty = stream.getvalue().split("\n", 2)
     assert heading.endswith("] ")
@@ -78,8 +78,9 @@ def test_a_table_stands_on_lines_of_its_own(logger: logging.Logger) -> None:
 
 
 def test_each_severity_is_turned_on_and_off_while_it_runs(logger: logging.Logger) -> None:
-    settings = LogSettings()
-    stream = written(logger, settings)
+    stream = io.StringIO()
+    settings = LogSettings(stream=stream)
+    logger.addHandler(settings)
 
     def shown() -> str:
         stream.seek(0)
@@ -96,7 +97,7 @@ def test_each_severity_is_turned_on_and_off_while_it_runs(logger: logging.Logger
 
 
 def test_a_traceback_is_shown(logger: logging.Logger) -> None:
-    stream = written(logger, LogSettings())
+    stream = written(logger)
     try:
         raise ValueError("why")
     except ValueError:
@@ -108,13 +109,14 @@ def test_a_traceback_is_shown(logger: logging.Logger) -> None:
 def test_hastens_log_goes_to_the_file_and_is_given_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "log"
     file.write_text("before\n")
-    handler = start_log(LogSettings(LogOptions(log_file=str(file))))
+    logs = LogSettings(LogOptions(log_file=str(file)))
+    logs.start()
     try:
         logging.getLogger("hasten.server.x").info("here")
         logging.getLogger("uvicorn.error").info("not here")
         logging.getLogger("uvicorn.error").warning("here too")
     finally:
-        stop_log(handler)
+        logs.stop()
     first, *lines = file.read_text().splitlines()
     assert first == "before"
     assert [line.partition("] ")[2] for line in lines] == ['"here"', '"here too"']
@@ -125,16 +127,17 @@ def test_hastens_log_goes_to_the_file_and_is_given_back(tmp_path: Path, capsys: 
 
 def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot write the log to"):
-        start_log(LogSettings(LogOptions(log_file=str(tmp_path / "no" / "log"))))
+        LogSettings(LogOptions(log_file=str(tmp_path / "no" / "log"))).start()
 
 
 def test_a_full_disk_is_one_line_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    handler = start_log(LogSettings(LogOptions(log_file="/dev/full")))
+    logs = LogSettings(LogOptions(log_file="/dev/full"))
+    logs.start()
     try:
         for _ in range(1000):
             logging.getLogger("hasten.server.x").info("lost")
     finally:
-        stop_log(handler)
+        logs.stop()
     first, last = capsys.readouterr().err.splitlines()
     reason = "hasten: cannot write the log to /dev/full: No space left on device; messages lost so far: "
     assert (first, last) == (reason + "1", reason + "1000")

@@ -176,7 +176,10 @@ def refused(demo: Running, request: InferRequest, kind: ErrorKind = ErrorKind.IN
         ({"sampling_parameters": {"top_p": 2}}, "top_p must be above 0 and at most 1, got 2"),
         ({"sampling_parameters": {"ignore_eos": 1}}, "ignore_eos must be True or False, got 1"),
         ({"sampling_parameters": {"stop": [1]}}, "stop holds something that is not a string: [1]"),
-        ({"sampling_parameters": {"stop_token_ids": ["a"]}}, "stop_token_ids holds something that is not a token id: ['a']"),
+        (
+            {"sampling_parameters": {"stop_token_ids": ["a"]}},
+            "stop_token_ids holds something that is not a token id: ['a']",
+        ),
         ({"sampling_parameters": {"n": 10**9}}, "n is 1000000000; more than 256 sequences at once"),
         ({"sampling_parameters": {"seed": 2**70}}, "seed must be from 0"),
         ({"sampling_parameters": {}, "max_tokens": 4}, "input 'sampling_parameters' and input 'max_tokens' both say"),

@@ -16,8 +16,8 @@ from hasten.engine.llm import LLM
 from hasten.engine.text import Tokenizer
 from hasten.server import by_size
 from hasten.server.engine.client import EngineClient
+from hasten.server.models import token_model
 from hasten.server.models.interfaces import INTERFACES, Kind
-from hasten.server.models.token_model import Snapshot
 from hasten.server.protocol.tensors import NUMPY
 from hasten.server.service import Service
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError, Tensor
@@ -319,7 +319,7 @@ def test_streams_grow(streaming: Running) -> None:
 def test_outputs_are_made_beside_the_loop(streaming: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of a large batch are, each time that there is more of it."""
     monkeypatch.setattr(by_size, "SMALL", -1)
-    used = workers(monkeypatch, Snapshot, "tensors")
+    used = workers(monkeypatch, token_model, "_behind")
     request = token_request(PROMPTS, 30)
     found = streaming.stream(request)
     assert found[-1][0]["sequence_length"] == [[len(prompt) + 30] for prompt in PROMPTS]

@@ -37,7 +37,7 @@ def test_each_beam_is_filled_behind_its_own_end() -> None:
     output.take(0, delta(1, [5, 6]))
     output.take(1, delta(0, [7, 8, 9, 10]))
     output.take(0, delta(1, [11]))
-    assert lists(output.snapshot().tensors(ALL)) == {
+    assert lists(output.tensors(ALL)()) == {
         "output_ids": [
             [[1, 2, 3, 100, 100, 100], [1, 2, 3, 5, 6, 11]],
             [[4, 7, 8, 9, 10, 101], [4, 101, 101, 101, 101, 101]],
@@ -55,7 +55,7 @@ def test_any_number_of_tokens_finds_room() -> None:
         tokens = rng.integers(1000, size=count).tolist()
         output.take(position, delta(0, tokens, [-0.5] * count))
         known[position] += tokens
-    found = output.snapshot().tensors(ALL)
+    found = output.tensors(ALL)()
     values = {tensor.name: tensor.data for tensor in found}
     for position, tokens in enumerate(known):
         generated = len(tokens) - position - 1
@@ -71,10 +71,10 @@ def test_a_snapshot_is_of_its_own_moment() -> None:
     """A thread may make tensors of it while more tokens come, whether or not they fit the memory that there is."""
     output = BatchOutput(asked([[1]], log_probs=True))
     output.take(0, delta(0, [2, 3], [-1.0, -2.0]))
-    snapshot = output.snapshot()
+    snapshot = output.tensors(ALL)
     for _ in range(40):
         output.take(0, delta(0, [4, 5, 6], [-1.0] * 3))
-    found = lists(snapshot.tensors(ALL))
+    found = lists(snapshot())
     assert found["output_ids"] == [[[1, 2, 3]]]
     assert found["output_log_probs"] == [[[-1.0, -2.0]]]
     assert found["cum_log_probs"] == [[-3.0]]
@@ -87,7 +87,7 @@ def test_beams_have_their_own_log_probabilities() -> None:
             beam = delta(index, [2, 3])
             beam.cumulative_logprob, beam.token_logprobs = -3.5, [-1.0, -2.5]
             output.take(0, beam)
-        found = lists(output.snapshot().tensors(ALL))
+        found = lists(output.tensors(ALL)())
         assert found.get("output_log_probs") == ([[[-1.0, -2.5], [-1.0, -2.5]]] if wanted else None)
 
 

@@ -28,7 +28,7 @@ from hasten.server.page.routes import page_routes
 from hasten.server.protocol.grpc import GrpcCalls
 from hasten.server.protocol.http import http_app, http_routes
 from hasten.server.protocol.operations import Operations
-from hasten.server.protocol.settings import LogSettings, TraceSettings, start_log, stop_log
+from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.repository import FolderRepository, MemoryRepository, Repository
 from hasten.server.security import OPEN_PATHS, Admission, ApiKeys, Hosts, TlsFiles
@@ -231,13 +231,13 @@ async def serve(options: ServeOptions) -> int:
     A second signal ends at once what is still under way.
     """
     logs = LogSettings(options.log)
-    handler = start_log(logs)
+    logs.start()
     try:
         server = Server(options, logs)
         with _signals() as signals:
             return await _live(server, signals)
     finally:
-        stop_log(handler)
+        logs.stop()
 
 
 async def _live(server: Server, signals: "asyncio.Queue[signal.Signals]") -> int:

@@ -115,12 +115,7 @@ _REPLICA: Sequence[Metric] = (
     Metric("restarts_total", "counter", "Times that the engine was started again after it had died", "restarts"),
 )  # fmt: skip
 _REPLICA_STATS: Sequence[Metric] = (
-    Metric("requests_running", "gauge", "Requests that the engine has begun and not finished", "running"),
-    Metric("requests_waiting", "gauge", "Requests that the engine has and has not begun", "waiting"),
-    Metric("kv_cache_usage_ratio", "gauge", "Share of the blocks of the engine's key/value cache in use [0.0 - 1.0]",
-           cache_usage),
-    Metric("prefix_cache_hit_tokens_total", "counter", "Tokens of prompts that the engine found in its prefix cache",
-           "prefix_hit_tokens"),
+    *_STATS[:4],
     Metric("prompt_tokens_total", "counter", "Tokens of the prompts that the engine has taken", "prompt_tokens"),
     Metric("generation_tokens_total", "counter", "Tokens that the engine has generated", "generation_tokens"),
 )  # fmt: skip

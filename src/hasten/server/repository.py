@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 from tritonclient.grpc import model_config_pb2
 
@@ -49,22 +48,6 @@ class Description:
         return EngineConfig.create(str(checkpoint), **options)
 
 
-class Repository(Protocol):
-    """Models by name."""
-
-    def names(self) -> list[str]:
-        """All models, loaded or not, sorted."""
-
-    def describe(self, name: str) -> Description | None:
-        """One model as it is now; None where there is none. ConfigError says what is wrong with it."""
-
-    def override(self, name: str, config_json: str | None, files: Mapping[str, bytes]) -> Description | None:
-        """The same with another configuration, and with other files in place of its folder."""
-
-    def stamp(self, name: str) -> int | None:
-        """Changes when the model's folder does; None where that cannot be told now."""
-
-
 def is_model_name(name: str) -> bool:
     """Whether it can be the name of a model: of one folder, and not of one elsewhere."""
     short = len(name.encode(errors="replace")) <= _LONGEST_NAME
@@ -95,14 +78,20 @@ class FolderRepository:
         return found[0] if found else None
 
     def describe(self, name: str) -> Description | None:
-        """By its config.pbtxt, or without one by what its version folders hold."""
+        """One model as it is now, by its config.pbtxt, or without one by what its version folders hold.
+
+        None where there is none. ConfigError says what is wrong with it.
+        """
         folder = self._folder(name)
         if folder is None:
             return None
         return _description(name, folder, _read_config(folder), self._auto_complete)
 
     def override(self, name: str, config_json: str | None, files: Mapping[str, bytes]) -> Description | None:
-        """With files, the model's folder has those alone, and the configuration must come with them."""
+        """The same with another configuration, and with other files in place of its folder.
+
+        With files, the model's folder has those alone, and the configuration must come with them.
+        """
         if not is_model_name(name):
             return None
         folder = self._folder(name)
@@ -141,7 +130,9 @@ class FolderRepository:
                 )
 
     def stamp(self, name: str) -> int | None:
-        """Time of the last change in the model's folder, in ns; 0 where there is not one such folder."""
+        """Time of the last change in the model's folder, in ns; 0 where there is not one such folder, None where it
+        cannot be told now.
+        """
         try:
             folder = self._folder(name)
             paths = [] if folder is None else [folder, *folder.rglob("*")]
@@ -179,6 +170,10 @@ class MemoryRepository:
     def stamp(self, name: str) -> int | None:
         """They do not change."""
         return 0
+
+
+Repository = FolderRepository | MemoryRepository
+"""Models by name."""
 
 
 class _SentFiles:

@@ -6,7 +6,6 @@ FasterTransformer's names come first; every option of EngineConfig may be given 
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,8 @@ _ALLOWED = {
     Kind.ENSEMBLE: (),
 }
 _GPU = model_config_pb2.ModelInstanceGroup.KIND_GPU
-_TRUE, _FALSE = ("true", "1"), ("false", "0")
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def check_parameters(config: model_config_pb2.ModelConfig, kind: Kind) -> None:
@@ -173,14 +173,8 @@ def _flat(config: Any) -> list[tuple[str, Any, Any]]:
 
 def _read(text: str, hint: Any, where: str) -> Any:
     """A parameter's text as the option's type has it."""
-    union = isinstance(hint, types.UnionType)
-    kind = next(part for part in typing.get_args(hint) if part is not types.NoneType) if union else hint
-    if kind is bool:
-        if text.lower() not in (*_TRUE, *_FALSE):
-            raise ConfigError(f"{where} must be true or false, got {text!r}")
-        return text.lower() in _TRUE
-    readers: Mapping[type, str] = {int: "a whole number", float: "a number", str: "a text"}
+    kind = next((part for part in typing.get_args(hint) if part is not types.NoneType), hint)
     try:
-        return kind(text)
-    except ValueError:
-        raise ConfigError(f"{where} must be {readers[kind]}, got {text!r}") from None
+        return _BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{where} must be {_KINDS[kind]}, got {text!r}") from None

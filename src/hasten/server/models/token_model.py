@@ -9,9 +9,8 @@ beam]. cum_log_probs [batch, beam] and output_log_probs [batch, beam, most gener
 probabilities are asked for.
 """
 
-from collections.abc import AsyncGenerator, Sequence, Set
+from collections.abc import AsyncGenerator, Callable, Sequence, Set
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,44 +35,6 @@ _ROOM = 64
 """Tokens behind the longest prompt that there is memory for at first; doubled as often as need be."""
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The outputs of a batch as of one moment. Its arrays may be read while further tokens are added behind it."""
-
-    request: TokenRequest
-    prompt_lengths: NDArray[np.int32]
-    """[batch, beam]."""
-    lengths: NDArray[np.uint32]
-    """[batch, beam]: of prompt and generated tokens."""
-    ids: NDArray[np.uint32]
-    """[batch, beam, at least the longest]."""
-    cumulative: NDArray[np.float64]
-    """[batch, beam]: sums of log-probabilities."""
-    log_probs: NDArray[np.float32]
-    """[batch, beam, at least the most generated]."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of its largest tensor."""
-        return self.lengths.size * int(self.lengths.max()) * self.ids.itemsize
-
-    def tensors(self, names: Set[str]) -> list[Tensor]:
-        """The outputs with these names."""
-        end_ids = np.array([item.end_id for item in self.request.items], np.uint32)
-        tensors = [
-            Tensor.of("output_ids", "UINT32", _behind(self.ids, self.lengths, end_ids[:, np.newaxis, np.newaxis])),
-            Tensor.of("sequence_length", "UINT32", self.lengths),
-            Tensor.of("response_input_lengths", "INT32", self.prompt_lengths),
-        ]
-        if self.request.log_probs:
-            log_probs = _behind(self.log_probs, self.lengths - self.prompt_lengths, np.zeros((), np.float32))
-            tensors += [
-                Tensor.of("cum_log_probs", "FP32", self.cumulative.astype(np.float32)),
-                Tensor.of("output_log_probs", "FP32", log_probs),
-            ]
-        return [tensor for tensor in tensors if tensor.name in names]
-
-
 def _behind(rows: NDArray[Any], lengths: NDArray[Any], filler: NDArray[Any]) -> NDArray[Any]:
     """Rows [batch, beam, any] up to the longest of them, filled behind each one's own length."""
     longest = int(lengths.max())
@@ -81,7 +42,7 @@ def _behind(rows: NDArray[Any], lengths: NDArray[Any], filler: NDArray[Any]) -> 
 
 
 class BatchOutput:
-    """What has become of a batch so far. Arrays only ever grow behind what a snapshot has."""
+    """What has become of a batch so far. Arrays only ever grow behind what there was."""
 
     def __init__(self, request: TokenRequest, *, with_prompts: bool = True) -> None:
         """`with_prompts`: whether outputs begin with their prompts."""
@@ -120,16 +81,30 @@ class BatchOutput:
         self._log_probs = _with_room(self._log_probs, at + len(log_probs))
         self._log_probs[beam][at : at + len(log_probs)] = log_probs
 
-    def snapshot(self) -> Snapshot:
-        """What there is now."""
-        return Snapshot(
-            self._request,
-            self._prompt_lengths,
-            self._lengths.copy(),
-            self._ids,
-            self._cumulative.copy(),
-            self._log_probs,
-        )
+    @property
+    def nbytes(self) -> int:
+        """Of its largest tensor."""
+        return self._lengths.size * int(self._lengths.max()) * self._ids.itemsize
+
+    def tensors(self, names: Set[str]) -> Callable[[], list[Tensor]]:
+        """What makes the outputs with these names as of now, also while further tokens are added behind them."""
+        request, prompt_lengths, ids, log_probs = self._request, self._prompt_lengths, self._ids, self._log_probs
+        lengths, cumulative = self._lengths.copy(), self._cumulative.astype(np.float32)
+
+        def build() -> list[Tensor]:
+            end_ids = np.array([item.end_id for item in request.items], np.uint32)
+            tensors = [
+                Tensor.of("output_ids", "UINT32", _behind(ids, lengths, end_ids[:, np.newaxis, np.newaxis])),
+                Tensor.of("sequence_length", "UINT32", lengths),
+                Tensor.of("response_input_lengths", "INT32", prompt_lengths),
+            ]
+            if request.log_probs:
+                generated = _behind(log_probs, lengths - prompt_lengths, np.zeros((), np.float32))
+                tensors.append(Tensor.of("cum_log_probs", "FP32", cumulative))
+                tensors.append(Tensor.of("output_log_probs", "FP32", generated))
+            return [tensor for tensor in tensors if tensor.name in names]
+
+        return build
 
 
 def _with_room(rows: NDArray[Any], length: int) -> NDArray[Any]:
@@ -181,8 +156,7 @@ class TokenModel(EngineModel):
         return request, BatchOutput(request, with_prompts=self._with_prompts)
 
     async def _outcome(self, output: BatchOutput, work: Work, *, final: bool) -> Outcome:
-        now = output.snapshot()
-        tensors = await by_size(now.nbytes, now.tensors, work.outputs)
+        tensors = await by_size(output.nbytes, output.tensors(work.outputs))
         return Outcome([self._typed(tensor) for tensor in tensors], final)
 
     def _typed(self, tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ asked is done by the operations and the service. The twentieth, ModelStreamInfer
 """
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,12 @@ from hasten.server.by_size import by_size
 from hasten.server.call import set_tenant
 from hasten.server.errors import client_error, retry_after
 from hasten.server.inflight import Claim, InflightBytes
+from hasten.server.models.config import is_decoupled
 from hasten.server.options import SecurityOptions
-from hasten.server.protocol.grpc_stream import ReceivedInfer, received_infer, stream_infer
+from hasten.server.protocol.grpc_stream import InferStream, ReceivedInfer
 from hasten.server.protocol.operations import Handler, LoadRequest, Operations, refuse_repository
-from hasten.server.protocol.proto import infer_response, parsed, parsed_infer
+from hasten.server.protocol.proto import infer_request, infer_response, parsed, parsed_infer
+from hasten.server.protocol.shared_memory import deliver, placements
 from hasten.server.protocol.tensors import byte_size
 from hasten.server.security import NO_KEY, OPEN_CALLS, ApiKeys
 from hasten.server.types import ErrorKind, ServiceError, invalid
@@ -48,7 +50,7 @@ class GrpcCalls:
         max_stream_bytes: int = SecurityOptions.max_request_bytes,
     ) -> None:
         self.service = operations.service
-        self.memory = operations.memory
+        self._memory = operations.memory
         self.inflight = inflight or InflightBytes()
         self.max_stream_bytes = max_stream_bytes
         self._logs = operations.logs
@@ -59,9 +61,17 @@ class GrpcCalls:
         self.readers |= {"ModelInfer": self._read_infer, "RepositoryModelLoad": _read_load}
         self.readers |= {"RepositoryIndex": _read_index, "RepositoryModelUnload": _read_unload}
 
+    def received(self, message: Any, tensors: Sequence[bytes | memoryview], claim: Claim) -> ReceivedInfer:
+        """The request of a ModelInferRequest and its raw tensors; ServiceError where that is wrong."""
+        config = self.service.model_config(message.model_name, message.model_version)
+        request = infer_request(message, tensors, self._memory.reading(claim))
+        wanted = placements(request.outputs, self._memory)
+        delivery = partial(deliver, wanted=wanted, batched=config.max_batch_size > 0)
+        return ReceivedInfer(request, is_decoupled(config), delivery)
+
     def _read_infer(self, raw: bytes, claim: Claim) -> ReceivedInfer:
         """A request for one response; may take long, and be done in a thread."""
-        received = received_infer(*parsed_infer(raw), self.service, self.memory, claim)
+        received = self.received(*parsed_infer(raw), claim)
         if received.decoupled:
             raise ServiceError(ErrorKind.UNSUPPORTED, _DECOUPLED)
         return received
@@ -78,8 +88,8 @@ class GrpcCalls:
             kind = setting.WhichOneof("parameter_choice")
             changes[key] = None if kind is None else getattr(setting, kind)
         self._logs.update(changes)
-        kinds = {bool: "bool_param", int: "uint32_param"}
-        settings = {key: {kinds.get(type(value), "string_param"): value} for key, value in self._logs.get().items()}
+        kinds = {bool: "bool_param", int: "uint32_param", str: "string_param"}
+        settings = {key: {kinds[type(value)]: value} for key, value in self._logs.get().items()}
         return pb.LogSettingsResponse(settings=settings)
 
 
@@ -138,8 +148,7 @@ def add_to_server(server: Any, calls: GrpcCalls, keys: ApiKeys | None, access: A
     async def stream(requests: Any, context: Any) -> None:
         await _admit(context, keys)
         by_status = any(pair == _ERROR_BY_STATUS for pair in context.invocation_metadata() or ())
-        options: dict[str, Any] = {"max_bytes": calls.max_stream_bytes, "ends_with_error": by_status}
-        error = await stream_infer(calls.service, calls.memory, requests, context, calls.inflight, **options)
+        error = await InferStream(calls, context, ends_with_error=by_status).serve(requests)
         if error is not None:
             await context.abort(grpc.StatusCode[error.kind.value.grpc], str(error))
 

@@ -7,7 +7,7 @@ of its requests are withdrawn.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -17,22 +17,19 @@ from tritonclient.grpc import service_pb2 as pb
 
 from hasten.server.by_size import by_size
 from hasten.server.errors import client_error
-from hasten.server.inflight import Claim, InflightBytes
-from hasten.server.models.config import is_decoupled
+from hasten.server.inflight import Claim
 from hasten.server.models.validation import EMPTY_FINAL
 from hasten.server.protocol.proto import (
     FINAL,
-    infer_request,
     infer_response,
     parsed_infer,
     stream_response,
 )
-from hasten.server.protocol.shared_memory import SharedMemory, deliver, placements
 from hasten.server.protocol.tensors import byte_size
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 
 if TYPE_CHECKING:
-    from hasten.server.service import Service
+    from hasten.server.protocol.grpc import GrpcCalls
 
 _MOST_REQUESTS = 1024
 """Under way in one stream; no more are read from it before one ends."""
@@ -51,46 +48,6 @@ class ReceivedInfer:
     decoupled: bool
     """Whether its model may answer any number of times."""
     deliver: Delivery
-
-
-def received_infer(
-    message: Any, tensors: Sequence[bytes | memoryview], service: "Service", memory: SharedMemory, claim: Claim
-) -> ReceivedInfer:
-    """A ModelInferRequest and its raw tensors as a request; ServiceError where it is wrong, or its model unknown."""
-    config = service.model_config(message.model_name, message.model_version)
-    request = infer_request(message, tensors, memory.reading(claim))
-    wanted = placements(request.outputs, memory)
-    delivery = partial(deliver, wanted=wanted, batched=config.max_batch_size > 0)
-    return ReceivedInfer(request, is_decoupled(config), delivery)
-
-
-async def stream_infer(
-    service: "Service",
-    memory: SharedMemory,
-    requests: Any,
-    context: Any,
-    inflight: InflightBytes,
-    *,
-    max_bytes: int,
-    ends_with_error: bool = False,
-) -> ServiceError | None:
-    """Serve one stream; `requests` gives ModelInferRequest messages as bytes, `context` takes serialized answers.
-
-    Requests under way have at most `max_bytes`, or are one; no more are read before one ends. Those that `inflight` has
-    no room for are refused. With `ends_with_error` the first error of a model ends the stream, and is returned;
-    otherwise, and where a request is refused, errors are answers.
-    """
-    task = asyncio.current_task()
-    assert task is not None, "a call is served by a task"
-    stream = _Stream(service, memory, context, inflight, max_bytes, task.cancel if ends_with_error else None)
-    try:
-        await stream.serve(requests)
-    except asyncio.CancelledError:
-        if stream.failure is None or task.uncancel():
-            raise
-    finally:
-        await stream.withdraw()
-    return stream.failure
 
 
 class _UnsentError(Exception):
@@ -132,40 +89,48 @@ class _Refused:
     request_id: str
 
 
-class _Stream:
-    def __init__(
-        self,
-        service: "Service",
-        memory: SharedMemory,
-        context: Any,
-        inflight: InflightBytes,
-        max_bytes: int,
-        end: Callable[[], object] | None,
-    ) -> None:
-        """`end`: ends the stream, where the first error of a model is to."""
-        self._service = service
-        self._memory = memory
+class InferStream:
+    """One stream; `context` takes serialized answers.
+
+    Requests under way have at most the bytes that there may be in a stream, or are one; no more are read before one
+    ends. Those that there is no room for are refused.
+    """
+
+    def __init__(self, calls: "GrpcCalls", context: Any, *, ends_with_error: bool = False) -> None:
+        """With `ends_with_error` the first error of a model ends the stream; else errors are answers."""
+        self._calls = calls
         self._context = context
-        self._inflight = inflight
-        self._end = end
+        self._ends_with_error = ends_with_error
+        self._serving: asyncio.Task[Any] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._room = _Room(max_bytes)
+        self._room = _Room(calls.max_stream_bytes)
         self._writing = asyncio.Lock()
         self._answered = asyncio.Event()
         """Set once all that came before have answered, of models that answer once."""
         self._answered.set()
-        self.failure: ServiceError | None = None
+        self._failure: ServiceError | None = None
         """The error that ends the stream, where one does."""
 
-    async def serve(self, requests: Any) -> None:
-        """Serve all requests, each from when there is room, and wait for the last answers."""
-        async for raw in requests:
-            await self._begin(raw)
-        await self._room.emptied()
+    async def serve(self, requests: Any) -> ServiceError | None:
+        """Serve all ModelInferRequest messages, each once there is room; the error that ended the stream, if any."""
+        self._serving = asyncio.current_task()
+        assert self._serving is not None, "a call is served by a task"
+        try:
+            async for raw in requests:
+                await self._begin(raw)
+            await self._room.emptied()
+        except asyncio.CancelledError:
+            if self._failure is None or self._serving.uncancel():
+                raise
+        finally:
+            for task in (tasks := tuple(self._tasks)):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return self._failure
 
     async def _begin(self, raw: bytes) -> None:
         await self._room.enter(len(raw))
-        claim = self._inflight.claim()
+        claim = self._calls.inflight.claim()
         try:
             # read here, not by the task, so that the turns are those of the requests
             received = await by_size(len(raw), self._read, raw, claim)
@@ -183,19 +148,12 @@ class _Stream:
         if not task.cancelled() and task.exception() is not None:
             _log.debug("a stream's response could not be sent", exc_info=task.exception())
 
-    async def withdraw(self) -> None:
-        """End what is under way."""
-        if tasks := tuple(self._tasks):
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
     def _read(self, raw: bytes, claim: Claim) -> ReceivedInfer | _Refused:
         message = pb.ModelInferRequest()
         try:
             message, tensors = parsed_infer(raw)
             claim.grow(len(raw))
-            return received_infer(message, tensors, self._service, self._memory, claim)
+            return self._calls.received(message, tensors, claim)
         except Exception as error:
             return _Refused(error, message.id)
 
@@ -216,7 +174,7 @@ class _Stream:
         try:
             if isinstance(received, _Refused):
                 raise received.error
-            answer = await self._service.infer(received.request)
+            answer = await self._calls.service.infer(received.request)
             response = await by_size(byte_size(answer.outputs), _stream_response, answer, received.deliver)
         except Exception as error:
             known = client_error(error, "a streamed request")
@@ -235,7 +193,7 @@ class _Stream:
         empty_final = request.parameters.get(EMPTY_FINAL) is True
         started = False
         try:
-            async with aclosing(self._service.stream(request)) as responses:
+            async with aclosing(self._calls.service.stream(request)) as responses:
                 async for response in responses:
                     started = True
                     if response.outputs or (response.final and empty_final):
@@ -252,15 +210,15 @@ class _Stream:
                 await self._send(_serialized(_closing(request, final=True)))
 
     async def _write_error(self, error: ServiceError, response: Any, *, refused: bool) -> None:
-        if refused or self._end is None:
+        if refused or not self._ends_with_error:
             await self._send(_serialized(response, str(error)))
-        elif self.failure is None:
-            self.failure = error
-            self._end()
+        elif self._failure is None and self._serving is not None:
+            self._failure = error
+            self._serving.cancel()
 
     async def _send(self, message: bytes) -> None:
         async with self._writing:
-            if self.failure is not None:
+            if self._failure is not None:
                 return
             try:
                 await self._context.write(message)

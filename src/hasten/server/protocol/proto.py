@@ -38,20 +38,24 @@ _VARINT, _LENGTH = 0, 2
 _LONGEST_VARINT = 10
 
 
-def check_message_size(kind: Any, raw: bytes) -> None:
-    """INVALID where a serialized message is too large to be parsed without holding up other requests."""
-    if len(raw) <= SMALL:
-        return
-    long_bytes = _LONG_BYTES.get(kind)
-    if long_bytes is None:
+def split_message(kind: Any, raw: bytes) -> tuple[bytes, list[memoryview]]:
+    """A serialized message without its field of long bytes, and what that field holds, which is not copied.
+
+    INVALID where it is too large to be parsed without holding up other requests.
+    """
+    if (long_bytes := _LONG_BYTES.get(kind)) is None:
         raise invalid(f"the request has {len(raw)} bytes, the limit is {SMALL}")
     number = kind.DESCRIPTOR.fields_by_name[long_bytes].number
-    size = 0
+    view, rest, long, size = memoryview(raw), list[memoryview](), list[memoryview](), 0
     try:
         for count, field in enumerate(_fields(raw)):
             if count == MAX_FIELDS:
                 raise invalid(f"the request has more than {MAX_FIELDS} fields (inputs, outputs, parameters)")
-            size += 0 if field.number == number else field.end - field.begin
+            if field.number == number and field.content is not None:
+                long.append(view[field.content : field.end])
+                continue
+            rest.append(view[field.begin : field.end])
+            size += field.end - field.begin
             if size > MAX_BYTES:
                 hint = "; send tensors as raw_input_contents" if kind is pb.ModelInferRequest else ""
                 raise invalid(
@@ -59,18 +63,7 @@ def check_message_size(kind: Any, raw: bytes) -> None:
                 )
     except (IndexError, ValueError):
         raise not_a_message(kind) from None
-
-
-def split_infer(raw: bytes) -> tuple[bytes, list[memoryview]]:
-    """A ModelInferRequest that was checked, without its raw tensors; and those, which are not copied."""
-    number = pb.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"].number
-    view, rest, tensors = memoryview(raw), list[memoryview](), list[memoryview]()
-    for field in _fields(raw):
-        if field.number == number and field.content is not None:
-            tensors.append(view[field.content : field.end])
-        else:
-            rest.append(view[field.begin : field.end])
-    return b"".join(rest), tensors
+    return b"".join(rest), long
 
 
 def not_a_message(kind: Any) -> Exception:
@@ -143,7 +136,12 @@ _HELD_BY = {field: datatype for datatype, field in _CONTENTS.items()}
 
 def parsed(kind: Any, raw: bytes) -> Any:
     """The message in some bytes; INVALID where it is none, or too large. gRPC itself would answer UNKNOWN."""
-    check_message_size(kind, raw)
+    if len(raw) > SMALL:
+        split_message(kind, raw)
+    return _parsed(kind, raw)
+
+
+def _parsed(kind: Any, raw: bytes) -> Any:
     try:
         return kind.FromString(raw)
     except DecodeError:
@@ -153,11 +151,10 @@ def parsed(kind: Any, raw: bytes) -> Any:
 def parsed_infer(raw: bytes) -> tuple[Any, Sequence[bytes | memoryview]]:
     """The ModelInferRequest in some bytes, and its raw tensors, which large messages are parsed without."""
     if len(raw) <= SMALL:
-        message = parsed(pb.ModelInferRequest, raw)
+        message = _parsed(pb.ModelInferRequest, raw)
         return message, message.raw_input_contents
-    check_message_size(pb.ModelInferRequest, raw)
-    rest, tensors = split_infer(raw)
-    return parsed(pb.ModelInferRequest, rest), tensors
+    rest, tensors = split_message(pb.ModelInferRequest, raw)
+    return _parsed(pb.ModelInferRequest, rest), tensors
 
 
 def infer_request(message: Any, tensors: Sequence[bytes | memoryview], reading: Reading) -> InferRequest:

@@ -99,13 +99,23 @@ def _check_trace_level(given: Sequence[str]) -> None:
             raise invalid("Attempting to set invalid trace setting :trace file name is not given")
 
 
-class LogSettings:
-    """What the server writes to its log, as a filter and a formatter of Python's logging."""
+class LogSettings(logging.Handler):
+    """What the server writes to its log, and what writes it: to a stream, by default standard error.
 
-    def __init__(self, options: LogOptions = _LOG_DEFAULTS) -> None:
-        names = ("log_file", "log_info", "log_warning", "log_error", "log_verbose", "log_format")
-        values: dict[str, Any] = {name: getattr(options, name) for name in names}
-        self._values = {("log_verbose_level" if name == "log_verbose" else name): values[name] for name in names}
+    Records are written the way Triton does: a heading and the message in quotes, or a table on lines of its own. As
+    JSON each is an object on one line, with the `fields` that the record may have besides.
+    """
+
+    def __init__(self, options: LogOptions = _LOG_DEFAULTS, stream: TextIO | None = None) -> None:
+        super().__init__()
+        self._values: dict[str, Any] = {
+            **{name: getattr(options, name) for name in ("log_file", "log_info", "log_warning", "log_error")},
+            **{"log_verbose_level": options.log_verbose, "log_format": options.log_format},
+        }
+        self._stream = stream or sys.stderr
+        self._file: TextIO | None = None
+        self._lost, self._lost_reported = 0, -_LOST_EVERY_S
+        self.addFilter(self._shows)
 
     def get(self) -> dict[str, Any]:
         """All settings."""
@@ -125,22 +135,75 @@ class LogSettings:
                 changed[key] = _log_value(key, value)
         self._values = changed
 
-    def shows(self, record: logging.LogRecord) -> bool:
+    def _shows(self, record: logging.LogRecord) -> bool:
         """Whether a record is written."""
-        if record.levelno >= logging.ERROR:
-            return bool(self._values["log_error"])
-        if record.levelno >= logging.WARNING:
-            return bool(self._values["log_warning"])
-        if record.levelno >= logging.INFO:
-            return bool(self._values["log_info"])
-        return self._values["log_verbose_level"] > 0
+        levels = ((logging.ERROR, "log_error"), (logging.WARNING, "log_warning"), (logging.INFO, "log_info"))
+        setting = next((setting for level, setting in levels if record.levelno >= level), "log_verbose_level")
+        return bool(self._values[setting])
 
-    @property
-    def is_json(self) -> bool:
-        """Whether each record is an object of JSON."""
-        return bool(self._values["log_format"] == "json")
+    def start(self) -> None:
+        """Write the log of hasten, and warnings of its HTTP server, to the settings' file or to the stream."""
+        if name := self._values["log_file"]:
+            try:
+                self._stream = self._file = Path(name).open("a", encoding="utf-8")  # noqa: SIM115 - closed by close
+            except OSError as error:
+                raise ConfigError(f"cannot write the log to {name}: {error.strerror}") from error
+        for logger, level in _LOGGERS.items():
+            logging.getLogger(logger).addHandler(self)
+            logging.getLogger(logger).setLevel(level)
+            logging.getLogger(logger).propagate = False
 
-    def heading(self, record: logging.LogRecord) -> str:
+    def stop(self) -> None:
+        """Undo `start`."""
+        for logger in _LOGGERS:
+            logging.getLogger(logger).removeHandler(self)
+            logging.getLogger(logger).setLevel(logging.NOTSET)
+            logging.getLogger(logger).propagate = True
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._report_lost(error)
+        super().close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record. A file that cannot be written is reported on standard error, at most once a minute."""
+        try:
+            self._stream.write(self.format(record))
+            self._stream.flush()
+        except OSError as error:
+            self._lost += 1
+            if time.monotonic() - self._lost_reported >= _LOST_EVERY_S:
+                self._report_lost(error)
+        except Exception:
+            self.handleError(record)
+
+    def _report_lost(self, error: OSError) -> None:
+        if self._file is None or sys.stderr is None or not self._lost:
+            return
+        name = self._values["log_file"]
+        text = f"hasten: cannot write the log to {name}: {error.strerror}; messages lost so far: {self._lost}\n"
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        self._lost_reported = time.monotonic()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines of one record. A message is quoted, so that it cannot pass for another line."""
+        message = record.getMessage()
+        if self._values["log_format"] == "json":
+            return _json_line(record, shortened(message.strip("\n"), _LONGEST_MESSAGE))
+        table = message.startswith("\n")
+        shown = message if table else json.dumps(shortened(message, _LONGEST_MESSAGE), ensure_ascii=False)
+        if record.exc_info:
+            shown += "\n" + logging.Formatter().formatException(record.exc_info)
+        return f"{self._heading(record)} {shown}\n"
+
+    def _heading(self, record: logging.LogRecord) -> str:
         """What a line begins with: severity, time, process and place."""
         severity = {logging.ERROR: "E", logging.WARNING: "W", logging.INFO: "I"}.get(record.levelno, "I")
         moment = time.gmtime(record.created)
@@ -164,62 +227,6 @@ def _log_value(key: str, value: Any) -> Any:
     return value
 
 
-class LogHandler(logging.Handler):
-    """Writes records the way Triton does: a heading and the message in quotes, or a table on lines of its own.
-
-    As JSON each is an object on one line, with the `fields` that the record may have besides.
-    """
-
-    def __init__(self, settings: LogSettings, stream: TextIO) -> None:
-        super().__init__()
-        self._settings = settings
-        self._stream = stream
-        self._lost, self._lost_reported = 0, -_LOST_EVERY_S
-        self.addFilter(settings.shows)
-
-    def close(self) -> None:
-        """Close the file, if it is one of its own."""
-        if self._stream is not sys.stderr:
-            try:
-                self._stream.close()
-            except OSError as error:
-                self._report_lost(error)
-        super().close()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record. A file that cannot be written is reported on standard error, at most once a minute."""
-        try:
-            self._stream.write(self.format(record))
-            self._stream.flush()
-        except OSError as error:
-            self._lost += 1
-            if time.monotonic() - self._lost_reported >= _LOST_EVERY_S:
-                self._report_lost(error)
-        except Exception:
-            self.handleError(record)
-
-    def _report_lost(self, error: OSError) -> None:
-        if self._stream is sys.stderr or sys.stderr is None or not self._lost:
-            return
-        name = self._settings.get()["log_file"]
-        text = f"hasten: cannot write the log to {name}: {error.strerror}; messages lost so far: {self._lost}\n"
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
-        self._lost_reported = time.monotonic()
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The lines of one record. A message is quoted, so that it cannot pass for another line."""
-        message = record.getMessage()
-        if self._settings.is_json:
-            return _json_line(record, shortened(message.strip("\n"), _LONGEST_MESSAGE))
-        table = message.startswith("\n")
-        shown = message if table else json.dumps(shortened(message, _LONGEST_MESSAGE), ensure_ascii=False)
-        if record.exc_info:
-            shown += "\n" + logging.Formatter().formatException(record.exc_info)
-        return f"{self._settings.heading(record)} {shown}\n"
-
-
 def _json_line(record: logging.LogRecord, message: str) -> str:
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     fields: dict[str, Any] = {
@@ -234,27 +241,3 @@ def _json_line(record: logging.LogRecord, message: str) -> str:
     if record.exc_info:
         fields["exception"] = logging.Formatter().formatException(record.exc_info)
     return json.dumps(fields, ensure_ascii=False) + "\n"
-
-
-def start_log(settings: LogSettings) -> LogHandler:
-    """Write the log of hasten, and warnings of its HTTP server, to the settings' file or to standard error."""
-    name = settings.get()["log_file"]
-    try:
-        stream = Path(name).open("a", encoding="utf-8") if name else sys.stderr  # noqa: SIM115 - closed by stop_log
-    except OSError as error:
-        raise ConfigError(f"cannot write the log to {name}: {error.strerror}") from error
-    handler = LogHandler(settings, stream)
-    for logger, level in _LOGGERS.items():
-        logging.getLogger(logger).addHandler(handler)
-        logging.getLogger(logger).setLevel(level)
-        logging.getLogger(logger).propagate = False
-    return handler
-
-
-def stop_log(handler: LogHandler) -> None:
-    """Undo `start_log`."""
-    for logger in _LOGGERS:
-        logging.getLogger(logger).removeHandler(handler)
-        logging.getLogger(logger).setLevel(logging.NOTSET)
-        logging.getLogger(logger).propagate = True
-    handler.close()
