@@ -134,6 +134,13 @@ def test_a_padding_token_within_a_text_takes_no_position(folder: Folder, load: L
         assert (found - their_output(theirs(path), ids)).abs().max() < BOUND
 
 
+def test_mpnet_pads_with_token_1_whatever_its_config_says(folder: Folder, load: Load) -> None:
+    ids = [0, 9, 1, 12, 3, 3, 14, 2]
+    path = folder("mpnet", pad_token_id=3)
+    (found,) = hidden_states(load(path), [ids])
+    assert (found - their_output(theirs(path), ids)).abs().max() < BOUND
+
+
 def test_types_of_tokens(folder: Folder, load: Load) -> None:
     path = folder("bert", "ForSequenceClassification", num_labels=1)
     llm, model = load(path), theirs(path, "ModelForSequenceClassification")
@@ -233,6 +240,32 @@ def test_activations(change: dict[str, Any], labels: int, activation: str) -> No
     found = encoder.classifier_from_hf(raw, "classify")
     assert found is not None
     assert (len(found.labels), found.activation) == (labels, activation)
+
+
+@pytest.mark.parametrize(
+    ("head", "named", "found"),
+    [
+        ("Model", "tanh", None),
+        ("Model", "silu", None),
+        ("ForMaskedLM", "silu", "silu"),
+        ("ForSequenceClassification", "tanh", "tanh"),
+        ("ForTokenClassification", "tanh", "tanh"),
+    ],
+)
+def test_an_activation_of_a_head_counts_where_the_head_is(head: str, named: str, found: str | None) -> None:
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_labels": 3}
+    raw = {"architectures": [f"ModernBert{head}"], "classifier_activation": named, **sizes}
+    config = model_class(f"ModernBert{head}").config_from_hf(raw)
+    words, classifier = config.masked_words, config.classifier
+    assert (words.activation if words else classifier.dense if classifier else None) == found
+
+
+@pytest.mark.parametrize(("head", "named"), [("ForMaskedLM", "tanh"), ("ForSequenceClassification", "silu")])
+def test_an_activation_that_a_head_lacks_is_named(head: str, named: str) -> None:
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_labels": 3}
+    raw = {"architectures": [f"ModernBert{head}"], "classifier_activation": named, **sizes}
+    with pytest.raises(UnsupportedError, match=f"classifier_activation '{named}' is not supported"):
+        model_class(f"ModernBert{head}").config_from_hf(raw)
 
 
 def test_a_pooler_that_is_missing_is_an_error(folder: Folder, tmp_path: Path) -> None:

@@ -224,6 +224,12 @@ def test_the_keys_of_old_and_new_versions_mean_the_same() -> None:
         ("Llama", {"rope_scaling": {"mrope_section": [1]}}, "rope_scaling.mrope_section is not supported"),
         ("Llama", {"rope_scaling": "linear"}, "rope_scaling 'linear' is not an object"),
         ("Llama", {"rope_theta": "big"}, "rope_theta has a value of the wrong kind: 'big' is not a number above 0"),
+        ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported in this family"),
+        (
+            "Gemma3",
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": {"partial_rotary_factor": 0.25}}},
+            "partial_rotary_factor 0.25 is not supported in this family",
+        ),
         ("Llama", {"head_dim": 7}, "7 dimensions of a head cannot turn in pairs"),
         ("Llama", {"attention_bias": "no"}, "attention_bias has a value of the wrong kind"),
         ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported in Gemma 3"),

@@ -235,7 +235,7 @@ def test_a_slow_reader_holds_up_nobody(run: Any, demo_engine: EngineClient, demo
         ("\ud800", SHORT, "not valid UTF-8"),
         ([5], SamplingParams(top_k=2**80), "cannot be passed"),
         ([5], SamplingParams(beam_width=10**9), "max_num_seqs"),
-        ([5], SamplingParams(n=10**9), "n must be at most"),
+        ([5], SamplingParams(n=1025), "n must be at most"),
         ([5], SamplingParams(stop_token_ids=(-1,)), "stop_token_ids has token id -1"),
     ],
 )
@@ -259,7 +259,8 @@ def test_what_cannot_be_served_is_refused(
         SamplingParams(temperature=1e308),
         SamplingParams(temperature=5e-324),
         SamplingParams(top_p=5e-324),
-        SamplingParams(repetition_penalty=5e-324),
+        SamplingParams(repetition_penalty=1e-20),
+        SamplingParams(repetition_penalty=1e20),
         SamplingParams(max_tokens=2**63, stop="e"),
         SamplingParams(bad_words_ids=[[token] for token in range(1024)]),
     ],

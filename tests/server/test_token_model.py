@@ -251,7 +251,7 @@ def test_what_is_not_supported(demo: Running, inputs: dict[str, Any], message: s
         ({"runtime_top_p": float("nan")}, "input 'runtime_top_p' must be from 0 to 1, got nan"),
         ({"temperature": -1.0}, "item 0 of the batch: input 'temperature' must not be negative, got -1.0"),
         ({"temperature": float("inf"), "runtime_top_k": 4}, "temperature must be finite"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive and finite, got 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be from 1e-20 to 1e20, got 0.0"),
         ({"presence_penalty": 3.0}, "presence_penalty must be from -2 to 2, got 3.0"),
         ({"min_length": [[1], [9]]}, "item 1 of the batch: min_length must be at most request_output_len (4), got 9"),
         ({"stop_words_list": [[[1], [2]]] * 2}, "input 'stop_words_list' has offsets [2]: they must grow, and end at"),

@@ -15,6 +15,11 @@ from hasten.core.structured_outputs import CONSTRAINTS, STRUCTURED, StructuredOu
 from hasten.core.values import KEPT, Kind, require, with_known_names
 
 _AT_LEAST_1 = (lambda value: value >= 1, "be at least 1")
+_MOST_COMPLETIONS = 1 << 14
+"""Of a prompt, which all have memory from then on when it is computed."""
+_COMPLETIONS = (lambda value: 1 <= value <= _MOST_COMPLETIONS, f"be at least 1 and at most {_MOST_COMPLETIONS}")
+_REPETITION = (lambda value: 1e-20 <= value <= 1e20, "be from 1e-20 to 1e20")
+"""Logits times this, or divided by it, and then divided by a temperature, are numbers of fp32."""
 _NOT_NEGATIVE = (lambda value: value >= 0, "not be negative")
 _FINITE = (lambda value: 0 <= value < math.inf, "be finite and not negative")
 _PENALTY = (lambda value: -2 <= value <= 2, "be from -2 to 2")
@@ -58,7 +63,7 @@ class SamplingParams:
     n: int = parameter(
         1,
         "completions per prompt",
-        _AT_LEAST_1,
+        _COMPLETIONS,
         trt="num_return_sequences",
         absent={Entrance.TOKEN: "an item has one completion, or those of its beams"},
     )
@@ -97,7 +102,7 @@ class SamplingParams:
     repetition_penalty: float = parameter(
         1.0,
         "divides the logits of tokens already seen, prompt included; 1: none",
-        (lambda value: 0 < value < math.inf, "be positive and finite"),
+        _REPETITION,
         trt="repetition_penalty",
         ft="repetition_penalty",
     )

@@ -274,11 +274,14 @@ def task_from_hf(raw: Mapping[str, Any]) -> tuple[str | None, Task]:
     return name, next((task for suffix, task in _TASKS if name is not None and name.endswith(suffix)), "embed")
 
 
+def has_masked_words(architecture: str | None) -> bool:
+    """Whether an architecture has the head for masks."""
+    return architecture is not None and architecture.endswith(("ForMaskedLM", "ForPreTraining"))
+
+
 def masked_words_from_hf(architecture: str | None, activation: Activation, **fields: Any) -> MaskedWordsConfig | None:
     """The head for masks of an architecture that has it; `fields`: what else its configuration says of it."""
-    if architecture is None or not architecture.endswith(("ForMaskedLM", "ForPreTraining")):
-        return None
-    return MaskedWordsConfig(activation=activation, **fields)
+    return MaskedWordsConfig(activation=activation, **fields) if has_masked_words(architecture) else None
 
 
 def refuse(raw: Mapping[str, Any], supported: Mapping[str, Any]) -> None:

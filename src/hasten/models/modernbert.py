@@ -13,7 +13,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from hasten.core.errors import ConfigError, UnsupportedError
-from hasten.core.model_config import AttentionConfig, MaskedWordsConfig, ModelConfig, Pooling
+from hasten.core.model_config import (
+    AttentionConfig,
+    ClassifierConfig,
+    MaskedWordsConfig,
+    ModelConfig,
+    Pooling,
+    Task,
+)
 from hasten.layers.attention import Attention
 from hasten.layers.mlp import GatedMLP
 from hasten.layers.position import RelativeBias
@@ -24,6 +31,7 @@ from hasten.models.encoder import (
     StoredWords,
     classifier_from_hf,
     encoder_weights,
+    has_masked_words,
     masked_words_from_hf,
     task_from_hf,
 )
@@ -70,9 +78,11 @@ class ModernBertModel(Encoder):
     """ModernBERT, as an encoder or with a classifier of texts or tokens."""
 
     block: ClassVar[type[nn.Module]] = ModernBertBlock
+    # those of a head act where there is one
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
         """
-        attention_dropout classifier_dropout deterministic_flash_attn embedding_dropout
+        attention_dropout classifier_activation classifier_bias classifier_dropout classifier_pooling decoder_bias
+        deterministic_flash_attn embedding_dropout
         initializer_cutoff_factor initializer_range layer_norm_eps max_position_embeddings mlp_dropout
         position_embedding_type reference_compile repad_logits_with_grad sentence_transformers sparse_pred_ignore_index
         sparse_prediction
@@ -126,6 +136,8 @@ class ModernBertModel(Encoder):
 
 
 def _masked_words(raw: Mapping[str, Any], architecture: str | None) -> MaskedWordsConfig | None:
+    if not has_masked_words(architecture):
+        return None
     activation = hf_config.activation(raw, "classifier_activation", "gelu")
     return masked_words_from_hf(
         architecture,
@@ -135,11 +147,13 @@ def _masked_words(raw: Mapping[str, Any], architecture: str | None) -> MaskedWor
     )
 
 
-def _classifier(raw: Mapping[str, Any], task: Any) -> Any:
+def _classifier(raw: Mapping[str, Any], task: Task) -> ClassifierConfig | None:
+    if task == "embed":
+        return None
     name = "cls" if raw.get("classifier_pooling") is None else raw["classifier_pooling"]
     if name not in _POOLINGS:
         raise UnsupportedError(f"classifier_pooling {name!r} is not supported; supported are {', '.join(_POOLINGS)}")
-    activation = "gelu" if raw.get("classifier_activation") is None else raw["classifier_activation"]
+    activation: Any = "gelu" if raw.get("classifier_activation") is None else raw["classifier_activation"]
     if activation not in ("gelu", "relu", "tanh"):
         raise UnsupportedError(f"classifier_activation {activation!r} is not supported; supported are gelu, relu, tanh")
     bias = hf_config.flag(raw, "classifier_bias", False)

@@ -21,7 +21,8 @@ from hasten.models.encoder import (
 from hasten.models.roberta import WORDS, padded_positions
 from hasten.models.weight_map import WeightMap, WeightSpec, table
 
-_BUCKETS = 32
+_BUCKETS, _PAD = 32, 1
+"""What transformers computes with, whatever config.json says."""
 
 
 class MPNetModel(Encoder):
@@ -31,15 +32,15 @@ class MPNetModel(Encoder):
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json."""
         architecture, task = task_from_hf(raw)
-        refuse(raw, {"relative_attention_num_buckets": _BUCKETS})  # transformers computes with these, whatever it says
-        fields = bert_fields(raw, pad=1, position="learned", relative_buckets=_BUCKETS)
+        refuse(raw, {"relative_attention_num_buckets": _BUCKETS})
+        fields = bert_fields(raw, pad=_PAD, position="learned", relative_buckets=_BUCKETS)
         return ModelConfig(
             architecture=architecture or "MPNetModel",
             task=task,
             classifier=classifier_from_hf(raw, task, dense="tanh" if task == "classify" else None),
             masked_words=masked_words_from_hf(architecture, "gelu"),
-            **fields | {"token_types": 0},
-            **padded_positions(raw, fields["pad_token_id"]),
+            **fields | {"token_types": 0, "pad_token_id": _PAD},
+            **padded_positions(raw, _PAD),
         )
 
     @staticmethod

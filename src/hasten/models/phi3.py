@@ -25,7 +25,7 @@ class Phi3ForCausalLM(LlamaForCausalLM):
     def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         """Read Hugging Face's config.json, in which `yarn` is an old name of `longrope`."""
         aliases = {**ROPE_ALIASES, "yarn": "longrope"}
-        attention = attention_from_hf(raw, max_position=_MAX_POSITION, rope_aliases=aliases)
+        attention = attention_from_hf(raw, max_position=_MAX_POSITION, rope_aliases=aliases, partial=1.0)
         attention = replace(attention, window=hf_config.optional_count(raw, "sliding_window", None))
         config = config_from_hf(raw, "Phi3ForCausalLM", attention, max_position=_MAX_POSITION, bos=1, eos=_EOS)
         config = replace(config, norm_eps=hf_config.fraction(raw, "rms_norm_eps", _EPS))

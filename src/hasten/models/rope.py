@@ -29,13 +29,14 @@ def rope_from_hf(
     aliases: Mapping[str, RopeKind] = ROPE_ALIASES,
     *,
     theta: float = 10_000.0,
-    partial: float = 1.0,
+    partial: float | None = None,
     interleaved: bool = False,
 ) -> RopeConfig:
     """The rope of a model: `rope_parameters`, or `rope_theta` and `rope_scaling` of older versions.
 
     `aliases`: names of kinds under which a family knows others; `theta` and `partial`: what a config.json stands for
-    that names no theta, or not the part of each head that turns. ConfigError and UnsupportedError name the key.
+    that names no theta, or not the part of each head that turns. Without `partial` all of it does: transformers turns
+    whole heads in such families, whatever config.json says. ConfigError and UnsupportedError name the key.
     """
     key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     values: dict[str, Any] = {} if raw.get(key) is None else raw[key]
@@ -49,11 +50,19 @@ def rope_from_hf(
         raise UnsupportedError(f"{key}.rope_type {kind!r} is not supported; supported are {', '.join(_KINDS)}")
     try:
         values = _with_outer(values, raw)
-        width = int(head_size * hf_config.number(values, "partial_rotary_factor", partial))
+        width = int(head_size * _turning(values, partial))
         turns = _Turns(width, hf_config.number(values, "rope_theta", theta), interleaved)
         return _rope(kind, values, turns, max_position)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
+
+
+def _turning(values: dict[str, Any], partial: float | None) -> float:
+    """The part of each head that turns; UnsupportedError where a family has whole heads alone."""
+    found = hf_config.number(values, "partial_rotary_factor", partial or 1.0)
+    if partial is None and found != 1:
+        raise UnsupportedError(f"partial_rotary_factor {found} is not supported in this family; supported is 1")
+    return found
 
 
 class _Turns(NamedTuple):
