@@ -29,7 +29,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="compute a file of requests, in any number of runs",
         description="Compute a file of requests: one JSON object per line, or the rows of a Parquet file, in the form "
         "of OpenAI's batches or a prompt with its sampling parameters. Results and errors go to shards in a folder. "
-        "The same command goes on where it was killed.",
+        "The same command resumes an earlier run.",
         epilog="Exit status: 0 once each row has a result, 1 where rows are among the errors or the engine failed, "
         "2 for bad input.",
     )
@@ -43,11 +43,10 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="another name that rows may give for the model; may be given more than once "
-        "(always: MODEL and its last part)",
+        help="another name for the model in rows; may be given more than once (always: MODEL and its last part)",
     )
     parser.add_argument(
-        "--rows-per-shard", type=positive, default=10_000, metavar="N", help="rows of a file in OUT (default: 10000)"
+        "--rows-per-shard", type=positive, default=10_000, metavar="N", help="rows per file in OUT (default: 10000)"
     )
     parser.add_argument(
         "--part",
@@ -70,10 +69,10 @@ def _add_ray_options(parser: Parser) -> None:
         choices=["ray"],
         help="where the engines run: each in an actor, on the cluster that RAY_ADDRESS names, or else on this machine",
     )
+    group.add_argument("--engines", type=positive, metavar="N", help="maximum number of engines (default: 1)")
     group.add_argument(
-        "--engines", type=positive, metavar="N", help="engines, as many as there is room for (default: 1)"
+        "--cpus-per-engine", type=positive, metavar="N", help="CPUs per engine, in a cluster without GPUs (default: 1)"
     )
-    group.add_argument("--cpus-per-engine", type=positive, metavar="N", help="CPUs of each (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -62,7 +62,9 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--model", type=path, metavar="PATH", help="model to show (default: the demo model)")
     parser.add_argument("--dataset", type=path, metavar="FILE", help="texts to measure on (default: the test stories)")
-    parser.add_argument("--client", type=path, metavar="FILE", help="program that asks the server (default: hasten's)")
+    parser.add_argument(
+        "--client", type=path, metavar="FILE", help="program that queries the server (default: hasten's)"
+    )
     parser.add_argument(
         "--output-dir", type=path, default="build/demo", metavar="PATH", help="where to write (default: %(default)s)"
     )

@@ -10,8 +10,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "download",
         help="download a model from the Hugging Face hub",
-        description="Download what hasten reads of a model on the Hugging Face hub, at its newest commit, and "
-        "print the folder. Every command that takes MODEL also takes its id, and downloads what is not there.",
+        description="Download the files that hasten reads of a model on the Hugging Face hub, at its newest commit, "
+        "and print the folder. Every command that takes MODEL also takes its id, and downloads what is not there.",
     )
     parser.add_argument("model", metavar="MODEL", help="id of the model, such as bigscience/bloom-560m")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
@@ -19,7 +19,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--output-dir",
         type=path,
         metavar="DIR",
-        help="folder to put the files into (default: the Hugging Face cache, where HF_HOME says)",
+        help="folder to put the files into (default: the Hugging Face cache, see HF_HOME)",
     )
     parser.set_defaults(run=run)
 

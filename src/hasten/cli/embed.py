@@ -13,11 +13,11 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "embed",
         help="vectors of texts",
-        description="Print a JSON line for each text, with its vector as embedding and the number of its tokens.",
+        description="Print a JSON line for each text, with its vector as `embedding` and its number of tokens.",
     )
     add_text_options(parser)
-    parser.add_argument("--prompt", help="text that stands before each text, such as an instruction")
-    parser.add_argument("--prompt-name", metavar="NAME", help="one of the model's own prompts, by its name")
+    parser.add_argument("--prompt", help="text to prepend to each text, such as an instruction")
+    parser.add_argument("--prompt-name", metavar="NAME", help="name of one of the model's own prompts to prepend")
     parser.set_defaults(run=run)
 
 

@@ -13,10 +13,10 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the subcommand `fill-mask`."""
     parser = commands.add_parser(
         "fill-mask",
-        help="words for the masks of texts",
-        description="Print a JSON line for each text, with masks: for each of its masks the most probable words, as "
-        "transformers' pipeline has them: score, token, token_str and the text with the word as sequence. A mask is "
-        "written as the model's tokenizer has it: [MASK] for BERT, <mask> for RoBERTa.",
+        help="most probable words for the masks of texts",
+        description="Print a JSON line for each text. Its `masks` list the most probable words of each mask with "
+        "score, token, token_str and sequence (the text with the word), as transformers' pipeline does. Write masks "
+        "as the tokenizer does: [MASK] for BERT, <mask> for RoBERTa.",
     )
     add_text_options(parser, skip=frozenset({"dimensions", "normalize"}))
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="words of each mask (default: 5)")
@@ -26,7 +26,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="append",
         default=[],
         metavar="WORD",
-        help="a word that masks may get, of a single token; may be given more than once (default: any word)",
+        help="candidate word, of a single token; may be given more than once (default: all words)",
     )
     parser.add_argument("--logits", action="store_true", help="print logits instead of probabilities")
     parser.set_defaults(run=run)

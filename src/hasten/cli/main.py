@@ -34,7 +34,7 @@ def build_parser(command: str | None = None) -> Parser:
     """
     parser = Parser(
         prog="hasten",
-        description="Inference engine and server for language models: convert, benchmark, generate, serve.",
+        description="Inference engine and server for transformer language models: convert, benchmark, generate, serve.",
     )
     parser.add_argument("--version", action="version", version=f"hasten {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

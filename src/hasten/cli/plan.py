@@ -28,21 +28,21 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "plan",
         help="whether a model fits, with which options, and how fast it will be",
-        description="What a model takes on a device, known from its config.json alone: weights by part, cache per "
-        "token, sequences that fit, numbers of ranks, and the tokens per second that memory bandwidth and arithmetic "
-        "allow. No weights are read or downloaded.",
+        description="Predict from a config.json what a model needs on a device: weights by part, cache per token, "
+        "sequences that fit, numbers of ranks, and the tokens per second that memory bandwidth and arithmetic allow. "
+        "No weights are read or downloaded.",
         epilog="Exit status: 0 if the model fits, 1 if not, 2 for bad input.",
     )
     parser.add_argument("model", type=path, metavar="MODEL", help="folder with a config.json, or a Hugging Face id")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--gpu", metavar="NAME", help="kind of GPU, such as H100 or L40S (default: this machine's)")
-    where.add_argument("--cpu", action="store_true", help="this machine's CPU, measured in a moment")
+    where.add_argument("--gpu", metavar="NAME", help="GPU to plan for, such as H100 or L40S (default: this machine's)")
+    where.add_argument("--cpu", action="store_true", help="plan for this machine's CPU, which is measured in a moment")
     parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs of a host (default: this machine's, or 8)")
     parser.add_argument(
         "--gpu-memory",
         type=typed(parse_size),
         metavar="SIZE",
-        help="memory of a GPU, such as 40GiB (default: its kind's)",
+        help="memory of a GPU, such as 40GiB (default: that of its model)",
     )
     parser.add_argument(
         "--context", type=positive, default=1024, metavar="N", help="tokens of a sequence while it decodes, and of "

@@ -40,34 +40,33 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--method",
         choices=_METHODS,
-        help="rtn: round to nearest; gptq: let weights take up each other's errors; awq (int4, int8) and smoothquant "
-        "(w8a8, fp8): move scales from norms into weights, then round to nearest or by gptq (default: rtn without "
-        "--calibration; with it awq+gptq or smoothquant+gptq)",
+        help="rtn: round to nearest; gptq: let weights compensate each other's errors; awq (int4, int8) and "
+        "smoothquant (w8a8, fp8): move scales from norms into weights, then round to nearest or by gptq (default: rtn "
+        "without --calibration; with it awq+gptq or smoothquant+gptq)",
     )
     parser.add_argument(
         "--calibration",
         type=path,
         metavar="FILE",
-        help='texts that show what the layers read: JSON lines, each an object with "text", or any text file',
+        help='representative texts: JSON lines, each an object with "text", or any text file',
     )
     parser.add_argument(
         "--num-samples", type=positive, metavar="N", help=f"texts to calibrate with (default: {_NUM_SAMPLES})"
     )
     parser.add_argument(
-        "--sequence-length", type=positive, metavar="N", help=f"most tokens of a text (default: {_SEQUENCE_LENGTH})"
+        "--sequence-length", type=positive, metavar="N", help=f"maximum tokens of a text (default: {_SEQUENCE_LENGTH})"
     )
     parser.add_argument(
         "--dampening",
         type=float,
         metavar="D",
-        help="of gptq: more keeps weights nearer to what they were (default: 0.01)",
+        help="of gptq: larger values keep weights closer to the originals (default: 0.01)",
     )
     parser.add_argument(
         "--evaluate",
         type=int,
         metavar="N",
-        help="other texts of FILE on which the model is compared before and after; 0: none (default: "
-        f"{_NUM_EVALUATED})",
+        help=f"further texts of FILE to compare the model on, before and after; 0: none (default: {_NUM_EVALUATED})",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.set_defaults(run=run)

@@ -39,7 +39,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--against",
         default="hf",
         metavar="NAMES",
-        help="whom to compare with, separated by commas: hf, vllm and ctranslate2 in this process, openai=URL for a "
+        help="engines to compare with, separated by commas: hf, vllm and ctranslate2 in this process, openai=URL for a "
         "server that has the same model, none (default: %(default)s)",
     )
     parser.add_argument("--hf-model", type=path, metavar="PATH", help="what the others run (default: MODEL)")
@@ -54,7 +54,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--price-per-hour", type=typed(_price), metavar="DOLLARS", help="of this machine, for the price of tokens"
     )
     parser.add_argument("--quick", action="store_true", help="fewer texts, requests and repetitions")
-    parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run has measured")
+    parser.add_argument("--fresh", action="store_true", help="repeat what an earlier run has measured")
     add_engine_options(parser, skip=HOST_OPTIONS)
     parser.set_defaults(run=run)
 

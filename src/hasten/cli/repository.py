@@ -15,7 +15,7 @@ SERVERS = ("hasten", "triton")
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add the subcommand `repository`."""
     parser = commands.add_parser(
-        "repository", help="create model repositories", description="Create folders of models for a server."
+        "repository", help="create model repositories", description="Create model repositories."
     )
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     create = actions.add_parser(
@@ -33,13 +33,13 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         dest="server",
         choices=SERVERS,
         default=SERVERS[0],
-        help="the server that will read it: hasten, or Triton, whose Python backend then runs hasten's engine as the "
+        help="server to write it for: hasten, or Triton, whose Python backend then runs hasten's engine as the "
         "token model (default: %(default)s)",
     )
     create.add_argument("--name", default="fastertransformer", help="name of the token model (default: %(default)s)")
-    create.add_argument("--text-name", metavar="NAME", help="name of the text model (default: as MODEL's folder)")
+    create.add_argument("--text-name", metavar="NAME", help="name of the text model (default: that of MODEL's folder)")
     create.add_argument(
-        "--decoupled", action="store_true", help="let the token model and the ensemble send responses while they grow"
+        "--decoupled", action="store_true", help="let the token model and the ensemble stream responses"
     )
     add_engine_options(create, skip=HOST_OPTIONS)
     create.set_defaults(run=run)

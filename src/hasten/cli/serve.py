@@ -36,10 +36,11 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "serve",
         fromfile_prefix_chars="@",
-        help="serve a model over Triton's protocol and OpenAI's API",
-        description="Serve a model, or the models of a repository, over Triton's protocol (gRPC and HTTP) and OpenAI's "
-        "API. Options that tritonserver has too have its names; those that are on or off take true or false, and alone "
-        "mean true. @FILE stands for the options in a file, one per line, as `hasten tune` writes them.",
+        help="serve a model over Triton's, OpenAI's and Anthropic's APIs",
+        description="Serve a model, or the models of a repository, over Triton's protocol (gRPC and HTTP) and "
+        "OpenAI's and Anthropic's APIs. Options have tritonserver's names where it has them. Switches take true or "
+        "false; alone they mean true. @FILE stands for the options in a file, one per line, as `hasten tune` writes "
+        "them.",
     )
     parser.add_argument(
         "model", type=path, metavar="MODEL", nargs="?", help="folder of the checkpoint, or its Hugging Face id"

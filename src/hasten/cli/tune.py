@@ -27,9 +27,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "tune",
         help="server options that keep an objective at the highest throughput",
-        description="Start servers of a model on this machine, search how many requests may be in flight so that an "
-        "objective is kept at the 95th percentile, with the pacing of prompts that suits it, confirm the best, and "
-        "print the command that serves the model so.",
+        description="Find the --itl-target and the largest number of requests in flight that keep an objective at the "
+        "95th percentile, by measuring servers on this machine, and print the command that serves the model so.",
         epilog="Exit status: 0 if an objective can be kept, 1 if not, 2 for bad input.",
     )
     parser.add_argument("model", type=path, metavar="MODEL", help="folder of the checkpoint, or its Hugging Face id")
@@ -47,10 +46,14 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="FILE",
         help="write the options, one per line: `hasten serve MODEL @FILE` reads them",
     )
-    parser.add_argument("--prompt-length", type=positive, default=128, metavar="N", help="tokens (default: 128)")
-    parser.add_argument("--output-length", type=positive, default=128, metavar="N", help="tokens (default: 128)")
     parser.add_argument(
-        "--max-concurrency", type=positive, metavar="N", help="most requests in flight (default: --max-num-seqs)"
+        "--prompt-length", type=positive, default=128, metavar="N", help="tokens per prompt (default: 128)"
+    )
+    parser.add_argument(
+        "--output-length", type=positive, default=128, metavar="N", help="tokens per output (default: 128)"
+    )
+    parser.add_argument(
+        "--max-concurrency", type=positive, metavar="N", help="maximum requests in flight (default: --max-num-seqs)"
     )
     add_output(parser, plot="all users' tokens per second over each user's")
     add_engine_options(parser, skip=_SKIP)

@@ -16,11 +16,10 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "warm",
         help="compile the kernels that a model needs on this machine",
-        description="Compile the kernels that serving a model needs on this machine, so that the next start, and the "
-        "first request of each kind, need not. Weights are random: config.json is enough, and nothing is downloaded "
-        "but that. Give the options that the model is to be served with. Kernels of a GPU lie in ~/.triton/cache, or "
-        "where TRITON_CACHE_DIR says, those of a CPU in ~/.cache/hasten/kernels, or below XDG_CACHE_HOME; either may "
-        "be part of an image or a volume.",
+        description="Compile in advance the kernels that serving a model needs on this machine. Weights are random: "
+        "only config.json is read or downloaded. Give the options that the model will be served with. Kernels of a "
+        "GPU are cached in ~/.triton/cache or TRITON_CACHE_DIR, those of a CPU in ~/.cache/hasten/kernels or below "
+        "XDG_CACHE_HOME; either may be part of an image or a volume.",
     )
     parser.add_argument("model", type=path, metavar="MODEL", help="folder with a config.json, or a Hugging Face id")
     add_engine_options(parser, defaults=_DEFAULTS)

@@ -200,12 +200,12 @@ class Workload:
         (), "folder of the node and where to mount it, /FROM:/PATH or /PATH; may be given more than once"
     )
     config_file: Sequence[str] = option(
-        (), "file of this machine and where it is to be found, FILE:/PATH; may be given more than once"
+        (), "file of this machine and where to mount it, FILE:/PATH; may be given more than once"
     )
     map_paths: bool = option(
         False,
-        "locally, mount nothing: put the folder of --data, --data-dir or --config-file for its path wherever that "
-        "begins a word or follows one of = : , ; ( ' \" in the command, --env, --working-dir and --model-repository",
+        "locally, mount nothing: replace the paths of --data, --data-dir and --config-file by their folders where they "
+        "begin a word or follow one of = : , ; ( ' \" in the command, --env, --working-dir and --model-repository",
     )
     annotation: Sequence[str] = option((), "annotation, NAME=VALUE; may be given more than once", short="-a")
     label: Sequence[str] = option((), "label, NAME=VALUE; may be given more than once", short="-l")
@@ -259,22 +259,22 @@ class TrainingJob(Workload):
     queue: str | None = option(None, "queue of the scheduler")
     gang: bool = option(False, "start all instances or none")
     shell: str = option("sh", "shell that runs the command")
-    retry: int = option(0, "times to start again after a failure")
+    retry: int = option(0, "maximum restarts after failures")
     nproc_per_node: str | None = option(None, "processes of each instance for torchrun: auto, cpu, gpu or a number")
     clean_task_policy: str | None = option(
         None, "instances to delete at the end (default: Running)", choices=CLEAN_POLICIES
     )
     running_timeout: str | None = option(None, "end the job after this time, such as 2h")
-    ttl_after_finished: str | None = option(None, "delete the job so long after its end, such as 7d")
+    ttl_after_finished: str | None = option(None, "delete the job this long after its end, such as 7d")
     rdma: bool = option(False, "use RDMA devices")
     sync_mode: str | None = option(None, "how to fetch the code before the start", choices=SYNC_MODES)
-    sync_source: str | None = option(None, "where from")
+    sync_source: str | None = option(None, "where to fetch the code from")
     tensorboard: bool = option(False, "run TensorBoard along with the job")
     logdir: str | None = option(None, "folder that TensorBoard reads (default: /training_logs)")
     api: Literal["pytorchjob", "trainer", "indexed"] = option(
         "pytorchjob",
         "object to create: a PyTorchJob (kubeflow.org/v1), a TrainJob (trainer.kubeflow.org/v1alpha1) or an "
-        "Indexed Job (batch/v1), whose instances know nothing of each other but their number, JOB_COMPLETION_INDEX",
+        "Indexed Job (batch/v1) of independent instances, numbered by JOB_COMPLETION_INDEX",
         choices=("pytorchjob", "trainer", "indexed"),
     )
     parallelism: int | None = option(None, "instances of an Indexed Job that run at a time (default: all)")
@@ -307,17 +307,17 @@ class TritonServer(Workload):
     version: str = option("", "version of the server (default: the time, YYYYMMDDHHMM)")
     replicas: int = option(1, "instances of the server")
     model_repository: str | None = option(None, "folder of the models, as its containers see it (required)")
-    load_model: Sequence[str] = option((), "model to load, others are not; may be given more than once")
+    load_model: Sequence[str] = option((), "model to load, instead of all; may be given more than once")
     http_port: int = option(8000, "port of HTTP")
     grpc_port: int = option(8001, "port of gRPC")
     metrics_port: int = option(8002, "port of metrics")
-    allow_metrics: bool = option(False, "offer metrics, and have them collected")
+    allow_metrics: bool = option(False, "expose metrics, and have them collected")
     runtime: Literal["hasten", "tritonserver"] = option(
         "hasten", "server in the image", choices=("hasten", "tritonserver")
     )
     extend_command: str | None = option(None, "further options of the server, as one string for the shell")
     env_from_secret: Sequence[str] = option(
-        (), "environment variable from a secret's key of its name, NAME=SECRET; may be given more than once"
+        (), "environment variable from the key of that name of a secret, NAME=SECRET; may be given more than once"
     )
     data_subpath_expr: Sequence[str] = option(
         (), "folder of a volume to mount instead of all of it, NAME:EXPRESSION; may be given more than once"
@@ -326,14 +326,14 @@ class TritonServer(Workload):
     gpumemory: int = option(0, "GiB of a shared GPU, instead of --gpus")
     gpucore: int = option(0, "hundredths of a shared GPU, instead of --gpus")
     expose_service: bool = option(False, "make the service reachable from outside the cluster")
-    exit_timeout: int = option(30, "seconds that requests under way have when an instance is to end")
+    exit_timeout: int = option(30, "seconds for in-flight requests when an instance shuts down")
     startup_timeout: int = option(900, "seconds that an instance has to load its models")
     autoscale: str | None = option(None, "minimum and maximum replicas, MIN:MAX")
     autoscale_by: Literal["cpu", "queue"] = option(
-        "cpu", "what --autoscale looks at: use of cores (HPA) or waiting requests (KEDA)", choices=("cpu", "queue")
+        "cpu", "metric of --autoscale: use of cores (HPA) or waiting requests (KEDA)", choices=("cpu", "queue")
     )
     prometheus: str | None = option(None, "address of Prometheus, for --autoscale-by queue")
-    multinode: int = option(1, "nodes of one instance, for a model that outgrows one")
+    multinode: int = option(1, "nodes per instance, for models larger than one node")
     gateway: str | None = option(
         None, "endpoint picker of a gateway: create an InferencePool that queries this service"
     )
@@ -420,9 +420,9 @@ class Volume:
         None, "key id of the bucket; the secret key is read from the variable HASTEN_ACCESS_KEY_SECRET"
     )
     size: str = option("100Gi", "size to claim")
-    read_only: bool = option(False, "mount it for reading only")
+    read_only: bool = option(False, "mount it read-only")
     mount_options: str | None = option(None, "further options of the mount, as its driver takes them")
-    description: str | None = option(None, "what is in it")
+    description: str | None = option(None, "description of its contents")
 
     def __post_init__(self) -> None:
         checked_name(self.name, "the volume's name")

@@ -35,9 +35,8 @@ class CacheConfig:
     enable_prefix_caching: bool = option(True, "share cache blocks between requests whose prompts have a common prefix")
     kv_cache_dtype: str = option(
         "auto",
-        "type of the key/value cache: auto (the type that the model computes in), or int8 or fp8 (e4m3), which hold "
-        "twice the tokens of fp16 in the same memory, with a scale for each head: that of a checkpoint that has scales "
-        "of its cache, else measured at the start",
+        "type of the key/value cache: auto (the compute type), or int8 or fp8 (e4m3), which hold twice the tokens of "
+        "fp16 in the same memory, with scales for each head from the checkpoint, or else measured at the start",
         choices=KV_CACHE_DTYPES,
     )
 
@@ -66,8 +65,8 @@ class SchedulerConfig:
     max_num_seqs: int = option(256, "maximum sequences per step")
     max_num_batched_tokens: int | None = option(
         None,
-        "maximum tokens per step, with pipeline stages of as many steps together; longer prompts are computed in "
-        "chunks of this size (default: 8192 on a GPU, else 2048)",
+        "maximum tokens per step, or of all steps in flight with pipeline stages; longer prompts are computed in "
+        "chunks (default: 2048; on a GPU 8192, or 32768 for vectors and scores)",
         type=int,
     )
     max_model_len: int | None = option(
@@ -75,8 +74,8 @@ class SchedulerConfig:
     )
     itl_target: float | None = option(
         None,
-        "target in milliseconds for the time between tokens: longer prompts join the steps of others in parts that "
-        "keep to it, and short prompts overtake their rest; 0: no target (default: 30 in a server, else 0)",
+        "target in milliseconds for the time between tokens: long prompts join the steps of others in chunks that keep "
+        "to it, and short prompts overtake them; 0: no target (default: 30 in a server, else 0)",
         type=float,
     )
     overlap_steps: bool | None = option(
@@ -126,15 +125,14 @@ class EngineConfig:
     )
     tool_call_parser: str = option(
         "auto",
-        "form in which the model writes calls of tools in chats: hermes (Qwen's too), llama3_json, mistral, "
-        "qwen3_coder, seed_oss, openai (gpt-oss), or auto, as its chat template shows",
+        "form of tool calls in chats: hermes (also Qwen's), llama3_json, mistral, qwen3_coder, seed_oss, openai "
+        "(gpt-oss), or auto, from the chat template",
         choices=TOOL_CALL_PARSERS,
     )
     reasoning_parser: str = option(
         "auto",
-        "form in which the model marks its reasoning in chats, which answers then have apart from their content: "
-        "deepseek_r1 (an answer begins with it), qwen3, mistral, seed_oss, openai_gptoss, none, or auto, as its chat "
-        "template shows",
+        "marks of reasoning in chats, which answers have apart from their content: deepseek_r1 (answers begin with "
+        "it), qwen3, mistral, seed_oss, openai_gptoss, none, or auto, from the chat template",
         choices=REASONING_PARSERS,
     )
     dtype: str = option(
@@ -146,28 +144,28 @@ class EngineConfig:
     device: str = option("auto", "cpu, cuda, or auto (a GPU where there is one)")
     quantization: str | None = option(
         None,
-        "weights of linear layers and of the head in 8 bits, with a scale for each output column: int8; w8a8, which "
-        "rounds each token's activations to int8 too; fp8, weights and activations in e4m3 and the head in int8. int4: "
-        "linear layers in 4 bits, with a scale for each group of 128 inputs, and the head in int8, for memory and few "
-        "requests at a time. Made from a full-precision checkpoint while it is loaded (default: as the checkpoint is)",
+        "quantize a full-precision checkpoint at load. int8: weights of linear layers and the head, with a scale for "
+        "each output column; w8a8: activations in int8 as well, with a scale for each token; fp8: weights and "
+        "activations in e4m3, the head in int8; int4: linear layers with a scale for each group of 128 inputs, the "
+        "head in int8, for memory and few requests at a time (default: as the checkpoint is)",
         choices=QUANTIZATIONS,
     )
     load_format: str = option(
         "auto", "auto, or dummy: random weights from a config.json alone", choices=("auto", "dummy")
     )
     verify_checksums: bool = option(True, "compare the checkpoint's files with its manifest while loading")
-    revision: str | None = option(None, "branch, tag or commit of a model that is given by its Hugging Face id")
+    revision: str | None = option(None, "branch, tag or commit of a model given by its Hugging Face id")
     download_dir: str | None = option(
-        None, "cache folder for models that are given by their Hugging Face id (default: Hugging Face's own)"
+        None, "cache folder for models given by their Hugging Face id (default: Hugging Face's own)"
     )
     progress_bars: bool = option(
         True, "show progress bars where standard error is a terminal", aliases=("use_tqdm_on_load",)
     )
-    seed: int = option(0, "seed of requests that bring none")
+    seed: int = option(0, "seed of requests without one")
     enforce_eager: bool = option(False, "launch every step kernel by kernel on a GPU, without CUDA graphs")
     deterministic: bool = option(
         False,
-        "a request's tokens and log-probabilities have the same bits in any batch: alone or among others, in chunks or "
+        "bitwise equal tokens and log-probabilities of a request in any batch: alone or among others, in chunks or "
         "whole, after a preemption, with prompts from the prefix cache, in every run",
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

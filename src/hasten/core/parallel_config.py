@@ -17,12 +17,12 @@ class ParallelConfig:
     )
     pipeline_parallel_size: int = option(
         1,
-        "number of pipeline stages that the layers are dealt to, each with tensor-para-size ranks",
+        "number of pipeline stages that the layers are divided into, each of tensor-para-size ranks",
         short="-pp",
         flag="--pipeline-para-size",
     )
     pipeline_layers: str | None = option(
-        None, "number of layers in each pipeline stage, such as 10,11,11 (default: as equal as can be)"
+        None, "number of layers in each pipeline stage, such as 10,11,11 (default: as equal as possible)"
     )
     expert_parallel: bool = option(
         False,
@@ -31,11 +31,11 @@ class ParallelConfig:
     )
     nnodes: int | None = option(
         None,
-        "number of hosts with equally many ranks, each of which runs this command (default: what a cluster says)",
+        "number of hosts, each of which runs this command for equally many ranks (default: from the environment)",
     )
-    node_rank: int | None = option(None, "number of this host, from 0, which is the one that answers")
+    node_rank: int | None = option(None, "number of this host, from 0; host 0 answers")
     master_addr: str | None = option(None, "name or address of host 0")
-    master_port: int | None = option(None, "port of host 0 at which the ranks meet (default: 29500)")
+    master_port: int | None = option(None, "port of host 0 where the ranks meet (default: 29500)")
 
     def __post_init__(self) -> None:
         check_fields(self)

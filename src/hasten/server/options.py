@@ -48,10 +48,10 @@ class EndpointOptions:
     allow_gpu_metrics: bool = option(True, "export GPU metrics")
     allow_cpu_metrics: bool = option(True, "export CPU metrics")
     http_max_connections: int = option(4096, "maximum open connections per port; more are refused with 503")
-    http_idle_timeout_secs: float = option(75.0, "seconds for which a connection may have no request")
-    http_header_timeout_secs: float = option(30.0, "seconds that the headers of a request may take to arrive")
-    http_body_timeout_secs: float = option(60.0, "seconds for which nothing of a request's body may arrive")
-    http_write_timeout_secs: float = option(300.0, "seconds for which a client may take nothing of its answer")
+    http_idle_timeout_secs: float = option(75.0, "maximum seconds of a connection without a request")
+    http_header_timeout_secs: float = option(30.0, "maximum seconds for the headers of a request to arrive")
+    http_body_timeout_secs: float = option(60.0, "maximum seconds between two pieces of a request's body")
+    http_write_timeout_secs: float = option(300.0, "maximum seconds for which a client reads nothing of its answer")
     metrics_interval_ms: float = option(2000.0, "interval of hardware metrics, in ms")
     grpc_max_connections: int = option(4096, "maximum open gRPC connections; more are closed")
     grpc_keepalive_time: int = option(7_200_000, "ms without traffic after which a gRPC client is pinged")
@@ -109,8 +109,8 @@ class EndpointOptions:
 class LogOptions:
     """What the server writes about itself."""
 
-    log_verbose: int = option(0, "0: no details")
-    log_info: bool = option(True, "write what happens")
+    log_verbose: int = option(0, "0: no details; 1 and more: a line for each call, and all options at the start")
+    log_info: bool = option(True, "write informational messages")
     log_warning: bool = option(True, "write warnings")
     log_error: bool = option(True, "write errors")
     log_format: str = option(
@@ -224,7 +224,7 @@ class ModelOptions:
     max_batch: int | None = option(None, "maximum prompts per request (default: 1024)", type=int)
     max_queue_size: int = option(0, "maximum waiting requests, more are refused; 0: any number")
     queue_timeout_secs: float = option(
-        0.0, "maximum seconds that a request may wait; refused at once where the estimate is longer; 0: any time"
+        0.0, "maximum seconds of waiting; a request whose estimated wait is longer is refused at once; 0: any time"
     )
 
     def __post_init__(self) -> None:
@@ -237,10 +237,10 @@ class ServerOptions:
 
     server_id: str = option("hasten", "name of the server in its metadata", flag="--id")
     strict_readiness: bool = option(True, "ready only while all models are")
-    exit_timeout_secs: float = option(30.0, "seconds that in-flight requests have at shutdown")
+    exit_timeout_secs: float = option(30.0, "seconds for in-flight requests at shutdown")
     stall_timeout_secs: float = option(60.0, "seconds without a step after which an engine with requests is not ready")
     exit_on_error: bool = option(True, "end where a model cannot be loaded at the start")
-    enable_per_request_metrics: bool = option(False, "answers of OpenAI's API have the times of their requests")
+    enable_per_request_metrics: bool = option(False, "report the times of requests in answers of OpenAI's API")
 
     def __post_init__(self) -> None:
         _check_least(self, exit_timeout_secs=0)

@@ -21,7 +21,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser = benches.add_parser(
         "embed",
         help="vectors of texts per second",
-        description="Vectors of texts of random token ids that are all there at once: texts and tokens per second, "
+        description="Texts and tokens per second when vectors of many texts of random token ids are computed at once, "
         "also compared with transformers, and with sentence-transformers where it is installed, in sorted, padded "
         "batches, and on a GPU with vLLM.",
     )

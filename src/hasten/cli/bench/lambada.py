@@ -81,7 +81,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--lib-path",
         metavar="FILE",
-        help="the library that FasterTransformer's script loads: accepted from its commands, and not read",
+        help="accepted for compatibility with FasterTransformer's script, and not read",
     )
     add_output(parser, plot="accuracy and time by engine")
     add_engine_options(parser, defaults=ENGINE_DEFAULTS, skip=_NOT_OFFERED)

@@ -35,7 +35,7 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser = benches.add_parser(
         "load",
         help="latencies and throughput of a served model, by request rate",
-        description="Send streamed requests to a server at given rates, each when it is due, whatever became of those "
+        description="Send streamed requests to a server at given rates, each when it is due, independent of those "
         "before it, and measure the time to the first token (ttft), per output token (tpot), between events (itl) and "
         "of whole requests (e2el), throughput and goodput. The server runs at --url already, or is started for MODEL "
         "with the engine options below. docs/performance.md describes what is measured and how.",

@@ -31,7 +31,7 @@ def add_options(parser: Parser) -> None:
 
 def _add_server(parser: Parser) -> None:
     group = parser.add_argument_group("server")
-    group.add_argument("--url", metavar="URL", help="a server that runs, such as http://HOST:8000 or grpc://HOST:8001")
+    group.add_argument("--url", metavar="URL", help="a running server, such as http://HOST:8000 or grpc://HOST:8001")
     group.add_argument(
         "--api",
         choices=_APIS,
@@ -55,8 +55,7 @@ def _add_server(parser: Parser) -> None:
         type=typed(json_object),
         default={},
         metavar="JSON",
-        help="fields that the body of each request over HTTP has in addition, or instead of those of the same name; "
-        "null removes one",
+        help="fields to add to, or replace in, the body of each request over HTTP; null removes one",
     )
     group.add_argument(
         "--timeout", type=typed(_seconds), default=600.0, metavar="SECS", help="per request (default: 600)"

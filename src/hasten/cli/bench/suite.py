@@ -32,12 +32,12 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     """Add the benchmark `suite`."""
     parser = benches.add_parser(
         "suite",
-        help="the workloads that peers are measured with, in one process",
-        description="The workloads that peers are measured with, one after the other on one engine: lat (one request), "
-        "fixed (batches; both 128 tokens in and out), lambada (many short requests) and tput (many of mixed lengths); "
-        "long (8 requests of 16384 tokens in and 64 out) where --tests names it. With --output-path the results so far "
-        "are written after each. Sequences have at most 2048 tokens (16448 with long) and steps at most 8192 unless an "
-        "option says otherwise.",
+        help="standard workloads of other engines' benchmarks, in one process",
+        description="Standard workloads of other engines' benchmarks, one after the other on one engine: lat (one "
+        "request), fixed (batches; both 128 tokens in and out), lambada (many short requests) and tput (many of mixed "
+        "lengths); long (8 requests of 16384 tokens in and 64 out) where --tests names it. With --output-path the "
+        "results so far are written after each. Sequences have at most 2048 tokens (16448 with long) and steps at "
+        "most 8192 unless an option says otherwise.",
     )
     add_model(parser, compare="measure Hugging Face after it, on all but tput and long")
     parser.add_argument(
