@@ -178,9 +178,6 @@ class AddingService:
     async def unload(self, model: str, *, unload_dependents: bool = False) -> None:
         self.unloaded |= {model} & self._configs.keys()
 
-    def is_live(self) -> bool:
-        return True
-
     def is_ready(self) -> bool:
         return self.ready and not self.unloaded
 

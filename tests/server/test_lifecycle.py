@@ -525,7 +525,6 @@ def test_a_failure_at_the_start_is_told_and_does_not_stop_the_others(bench: Benc
     assert set(bench.service.failures) == {"broken", "wrong"}
     assert not bench.service.is_ready()
     assert bench.service.is_model_ready("good")
-    assert bench.service.is_live()
 
 
 @pytest.mark.parametrize("mode", [ControlMode.NONE, ControlMode.POLL])

@@ -76,7 +76,6 @@ def test_the_server(demo: Running) -> None:
     result = service.server_metadata()
     assert (result.name, result.version) == ("hasten", __version__)
     assert {"model_repository(unload_dependents)", "binary_tensor_data", "statistics"} <= set(result.extensions)
-    assert service.is_live()
     assert service.is_ready()
     assert [(entry.name, entry.state) for entry in service.index(ready=True)] == [
         (name, "READY") for name in ("demo", "ensemble", "fastertransformer", "postprocessing", "preprocessing")

@@ -420,7 +420,7 @@ def test_a_collector_that_does_not_answer_holds_up_no_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, gone: bool
 ) -> None:
     """It ends in time and with one line; what is still on its way then ends later, without another one."""
-    monkeypatch.setattr("hasten.server.tracing._LAST_SPANS_S", 0.1)
+    monkeypatch.setattr("hasten.server.tracing._LAST_EXPORT_S", 0.1)
     before = exporting()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces"

@@ -65,7 +65,7 @@ def error_response(path: str, status: int, message: str, headers: Mapping[str, s
 
 def service_error_response(path: str, error: ServiceError) -> Response:
     """The answer to a request that the service refused; where a later one may be taken, with when to try again."""
-    headers = {"retry-after": str(retry_after(error.retry_after))} if error.is_temporary else None
+    headers = {"retry-after": str(retry_after(error.retry_after))} if error.kind.is_temporary else None
     return error_response(path, error.kind.value.http, str(error), headers)
 
 

@@ -1,16 +1,17 @@
 """What listens: an HTTP server for an ASGI application, and a gRPC server. Both open their port when they are made."""
 
 import asyncio
-import contextlib
 import socket
-import ssl
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Sequence
+from email.utils import formatdate
 from functools import partial
 from typing import cast
 
 import grpc
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.server import ServerState
 
 from hasten.core.errors import ConfigError
 from hasten.server.access import AccessLog
@@ -20,9 +21,8 @@ from hasten.server.protocol.grpc import GrpcCalls, add_to_server
 from hasten.server.security import ApiKeys, TlsFiles
 
 _BACKLOG = 2048
-_CHECK_TICKS = 5
-"""Of uvicorn's main loop, ten a second, between two looks at the connections' time-outs."""
-
+_TICK_S, _LOOK_S = 0.5, 0.05
+"""Between two looks at the connections' time-outs, and at what is left when the server stops."""
 _FOLLOW_S = 1.0
 """In which those who answer a request find its client gone."""
 _ENDS, _SECURITY = EndpointOptions(), SecurityOptions()
@@ -49,43 +49,6 @@ def joined(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-class _Uvicorn(uvicorn.Server):
-    """Leaves signals to the application, and tells when it serves."""
-
-    def __init__(self, config: uvicorn.Config, connections: Connections, tls: ssl.SSLContext | None) -> None:
-        super().__init__(config)
-        self.serves = asyncio.Event()
-        self._connections = connections
-        self._tls = tls
-        self._accepting: list[asyncio.Task[None]] = []
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._tls is None or sockets is None:
-            await super().startup(sockets)
-        else:
-            await super().startup([])
-            state = {"server_state": self.server_state, "app_state": self.lifespan.state}
-            protocol = partial(self._connections, config=self.config, **state)
-            accept = partial(self._connections.accept_encrypted, tls=self._tls, protocol=protocol)
-            self._accepting = [asyncio.create_task(accept(listener)) for listener in sockets]
-        self.serves.set()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for task in self._accepting:
-            task.cancel()
-        await asyncio.gather(*self._accepting, return_exceptions=True)
-        await super().shutdown(sockets)
-
-    async def on_tick(self, counter: int) -> bool:
-        if counter % _CHECK_TICKS == 0:
-            self._connections.check()
-        return await super().on_tick(counter)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
 class HttpListener:
     """Serves one ASGI application on one port."""
 
@@ -102,8 +65,10 @@ class HttpListener:
         self._ends = ends
         self._connections = Connections(ends, security)
         self._tls = None if tls is None else tls.context()
-        self._server: _Uvicorn | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._state = ServerState()
+        """Of uvicorn's protocol: connections, and tasks that answer requests."""
+        self._tasks: list[asyncio.Task[None]] = []
+        self._server: asyncio.Server | None = None
         self.port: int = self._socket.getsockname()[1]
         self.address = joined(address, self.port)
 
@@ -119,34 +84,49 @@ class HttpListener:
             server_header=False,
             proxy_headers=False,  # nothing depends on where a client is
             timeout_keep_alive=max(1, round(self._ends.http_idle_timeout_secs)),
-            timeout_graceful_shutdown=None,  # `stop` closes the connections
         )
-        self._server = _Uvicorn(config, self._connections, self._tls)
-        self._task = asyncio.create_task(self._server.serve([self._socket]))
-        started = asyncio.ensure_future(self._server.serves.wait())
-        await asyncio.wait((self._task, started), return_when=asyncio.FIRST_COMPLETED)
-        started.cancel()
-        if self._task.done():
-            self._task.result()
+        config.load()
+        protocol = partial(self._connections, config=config, server_state=self._state, app_state={})
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._tick(config)))
+        if self._tls is None:
+            self._server = await loop.create_server(protocol, sock=self._socket, backlog=_BACKLOG)
+        else:
+            accepting = self._connections.accept_encrypted(self._socket, self._tls, protocol)
+            self._tasks.append(loop.create_task(accepting))
+
+    async def _tick(self, config: uvicorn.Config) -> None:
+        """Keep the date of answers right, and connections to their time-outs."""
+        while True:
+            date = formatdate(time.time(), usegmt=True).encode()
+            self._state.default_headers = [(b"date", date), *config.encoded_headers]
+            self._connections.check()
+            await asyncio.sleep(_TICK_S)
 
     async def stop(self, grace: float) -> None:
         """Take no more connections, give those under way `grace` seconds, and close the port.
 
         May be cancelled, and called again with less grace.
         """
-        if self._server is not None and self._task is not None:
-            self._connections.refuse_unfinished()
-            self._server.force_exit = grace == 0
-            self._server.should_exit = True
-            # unlike awaiting the task, this leaves it alone where it is cancelled
-            await asyncio.wait((self._task,), timeout=grace)
-            # those who do not read what they asked for; to cancel who answers them would be logged as a fault
-            self._connections.abort()
-            await asyncio.wait((self._task,), timeout=_FOLLOW_S)
-            self._server.force_exit = True
-            await asyncio.wait((self._task,))
-            self._task.result()
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._connections.refuse_unfinished()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        await self._ended(grace)
+        # those who do not read what they asked for; to cancel who answers them would be logged as a fault
+        self._connections.abort()
+        await self._ended(_FOLLOW_S)
         self.close()
+
+    async def _ended(self, seconds: float) -> None:
+        """Wait until all connections and requests have ended, for some seconds at most."""
+        end = time.monotonic() + seconds
+        while (self._state.connections or self._state.tasks) and time.monotonic() < end:
+            await asyncio.sleep(_LOOK_S)
 
     def close(self) -> None:
         """Close the port of a listener that does not serve."""

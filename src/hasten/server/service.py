@@ -200,10 +200,6 @@ class Service:
         if self.mode is not ControlMode.EXPLICIT:
             raise ServiceError(ErrorKind.UNAVAILABLE, _NO_CONTROL)
 
-    def is_live(self) -> bool:
-        """Whether the server runs."""
-        return True
-
     def is_ready(self) -> bool:
         """Whether it takes requests; with strict readiness, also whether all models that should serve are ready."""
         if not self._started or self._closing:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hasten.server.engine.ticket import Ticket
 
 _log = logging.getLogger(__name__)
-_LAST_SPANS_S = 3.0
+_LAST_EXPORT_S = 3.0
 _REQUEST = {
     "max_tokens": "max_tokens",
     "temperature": "temperature",
@@ -62,7 +62,7 @@ class Tracing:
         self._endpoint = endpoint
         self.tracer = self._provider.get_tracer("hasten.server", __version__)
         self._propagator = TraceContextTextMapPropagator()
-        self._closing: threading.Thread | None = None
+        self._closed = False
 
     def call(self, name: str, headers: Mapping[str, str], request_id: str) -> "TracedCall":
         """The spans of a call; `headers`: those of W3C's trace context, in small letters."""
@@ -70,15 +70,20 @@ class Tracing:
 
     def close(self) -> None:
         """Export what is left, for some seconds: the collector may be gone. A second call does nothing."""
-        if self._closing is not None:
+        if self._closed:
             return
-        self._exporter.ends = True
-        self._closing = threading.Thread(target=self._provider.shutdown, daemon=True)
-        self._closing.start()
-        self._closing.join(_LAST_SPANS_S)
-        if self._closing.is_alive():
+        self._closed = self._exporter.ends = True
+        if not _shut_down(self._provider):
             self._exporter.shutdown()
-            _log.warning("the last traces were not taken within %g s by %s", _LAST_SPANS_S, self._endpoint)
+            _log.warning("the last traces were not taken within %g s by %s", _LAST_EXPORT_S, self._endpoint)
+
+
+def _shut_down(provider: Any) -> bool:
+    """Have a provider of OpenTelemetry's export what is left; whether that was done in time."""
+    closing = threading.Thread(target=provider.shutdown, daemon=True)
+    closing.start()
+    closing.join(_LAST_EXPORT_S)
+    return not closing.is_alive()
 
 
 class _Exporter:
@@ -241,7 +246,6 @@ def _attributes(request: "Ticket", ended: float, operation: str) -> dict[str, An
     return attributes
 
 
-_LAST_EXPORT_S = 3.0
 _DURATION_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 _FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
@@ -274,7 +278,7 @@ class OtelMetrics:
         self._duration = histogram("request.duration", _DURATION_S, "Time from a request to its end")
         self._first_token = histogram("time_to_first_token", _FIRST_TOKEN_S, "Time from a request to its first token")
         self._each_token = histogram("time_per_output_token", _TOKEN_S, "Time per output token after the first one")
-        self._closing: threading.Thread | None = None
+        self._closed = False
 
     def record(self, call: str, request: "Ticket", ended: float, error: str | None) -> None:
         """Count a request of a call with this name, which ended at this time, or by an error of this class."""
@@ -291,7 +295,6 @@ class OtelMetrics:
 
     def close(self) -> None:
         """Export what is left, for some seconds: the collector may be gone. A second call does nothing."""
-        if self._closing is None:
-            self._closing = threading.Thread(target=self._provider.shutdown, daemon=True)
-            self._closing.start()
-            self._closing.join(_LAST_EXPORT_S)
+        if not self._closed:
+            self._closed = True
+            _shut_down(self._provider)

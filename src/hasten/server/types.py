@@ -67,11 +67,6 @@ class ServiceError(HastenError):
         self.retry_after = retry_after
         """Estimated seconds after which the server can take the request, where that is known."""
 
-    @property
-    def is_temporary(self) -> bool:
-        """Whether the same request may be taken later."""
-        return self.kind.is_temporary
-
 
 def invalid(message: str) -> ServiceError:
     """The error of a request that is wrong in itself."""
@@ -140,7 +135,6 @@ class InferResponse:
     model: str
     version: str
     id: str = ""
-    parameters: dict[str, Parameter] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     final: bool = True
     """Whether it is the last of its request (`triton_final_response`)."""

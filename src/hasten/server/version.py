@@ -113,7 +113,7 @@ class Version:
                         tally.respond()
                         if outcome.final:
                             tally.succeed()
-                        yield InferResponse(request.model, number, request.id, {}, outcome.outputs, outcome.final)
+                        yield InferResponse(request.model, number, request.id, outcome.outputs, outcome.final)
             except BaseException as error:
                 tally.fail(error)
                 if isinstance(error, HastenError):

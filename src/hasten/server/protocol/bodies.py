@@ -290,8 +290,6 @@ def infer_response(response: InferResponse, body: InferBody, elsewhere: set[str]
     """The JSON of a response, and the binary tensors behind it; `elsewhere`: outputs that are in shared memory."""
     head: dict[str, Any] = {"id": response.id} if response.id else {}
     head |= {"model_name": response.model, "model_version": response.version}
-    if response.parameters:
-        head["parameters"] = response.parameters
     raws: list[bytes] = []
     head["outputs"] = outputs = []
     for output in response.outputs:

@@ -18,9 +18,9 @@ from hasten.server.inflight import Claim, InflightBytes
 from hasten.server.models.config import is_decoupled
 from hasten.server.options import SecurityOptions
 from hasten.server.protocol.grpc_stream import InferStream, ReceivedInfer
-from hasten.server.protocol.operations import Handler, LoadRequest, Operations, refuse_repository
+from hasten.server.protocol.operations import Handler, LoadRequest, Operations
 from hasten.server.protocol.proto import infer_request, infer_response, parsed, parsed_infer
-from hasten.server.protocol.shared_memory import deliver, placements
+from hasten.server.protocol.shared_memory import delivery
 from hasten.server.protocol.tensors import byte_size
 from hasten.server.security import NO_KEY, OPEN_CALLS, ApiKeys
 from hasten.server.types import ErrorKind, ServiceError, invalid
@@ -59,15 +59,13 @@ class GrpcCalls:
             name: partial(_message, getattr(pb, f"{name}Request")) for name in self.handlers
         }
         self.readers |= {"ModelInfer": self._read_infer, "RepositoryModelLoad": _read_load}
-        self.readers |= {"RepositoryIndex": _read_index, "RepositoryModelUnload": _read_unload}
 
     def received(self, message: Any, tensors: Sequence[bytes | memoryview], claim: Claim) -> ReceivedInfer:
         """The request of a ModelInferRequest and its raw tensors; ServiceError where that is wrong."""
         config = self.service.model_config(message.model_name, message.model_version)
         request = infer_request(message, tensors, self._memory.reading(claim))
-        wanted = placements(request.outputs, self._memory)
-        delivery = partial(deliver, wanted=wanted, batched=config.max_batch_size > 0)
-        return ReceivedInfer(request, is_decoupled(config), delivery)
+        deliver = delivery(request.outputs, self._memory, batched=config.max_batch_size > 0)
+        return ReceivedInfer(request, is_decoupled(config), deliver)
 
     def _read_infer(self, raw: bytes, claim: Claim) -> ReceivedInfer:
         """A request for one response; may take long, and be done in a thread."""
@@ -97,16 +95,9 @@ def _message(kind: Any, raw: bytes, _: Claim) -> Any:
     return parsed(kind, raw)
 
 
-def _read_index(raw: bytes, _: Claim) -> Any:
-    request = parsed(pb.RepositoryIndexRequest, raw)
-    refuse_repository(request.repository_name)
-    return request
-
-
 def _read_load(raw: bytes, _: Claim) -> LoadRequest:
     """A request to load a model; may take long, and be done in a thread."""
     request = parsed(pb.RepositoryModelLoadRequest, raw)
-    refuse_repository(request.repository_name)
     config: str | None = None
     files: dict[str, bytes] = {}
     for key, parameter in request.parameters.items():
@@ -116,18 +107,7 @@ def _read_load(raw: bytes, _: Claim) -> LoadRequest:
             files[key.removeprefix("file:")] = _typed(key, parameter, "bytes_param")
         else:
             raise invalid(f"unrecognized load parameter '{key}'.")
-    return LoadRequest(request.model_name, config, files)
-
-
-def _read_unload(raw: bytes, _: Claim) -> Any:
-    request = parsed(pb.RepositoryModelUnloadRequest, raw)
-    refuse_repository(request.repository_name)
-    for key, parameter in request.parameters.items():
-        if key != "unload_dependents":
-            raise invalid(f"unrecognized unload parameter '{key}'.")
-        if parameter.WhichOneof("parameter_choice") != "bool_param":
-            raise invalid(f"invalid value type for '{key}' parameter, expected bool_param.")
-    return request
+    return LoadRequest(request.model_name, config, files, request.repository_name)
 
 
 def _typed(key: str, parameter: Any, kind: str) -> Any:
@@ -179,7 +159,7 @@ def _answering(
                 return await response if waits else response
         except Exception as error:
             known = client_error(error, "a gRPC call")
-        if known.is_temporary:
+        if known.kind.is_temporary:
             _set_retry_after(context, retry_after(known.retry_after))
         await context.abort(grpc.StatusCode[known.kind.value.grpc], str(known))
 

@@ -7,7 +7,6 @@ of its requests are withdrawn.
 
 import asyncio
 import logging
-from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from hasten.server.protocol.proto import (
     parsed_infer,
     stream_response,
 )
+from hasten.server.protocol.shared_memory import Delivery
 from hasten.server.protocol.tensors import byte_size
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, ServiceError
 
@@ -35,9 +35,6 @@ _MOST_REQUESTS = 1024
 """Under way in one stream; no more are read from it before one ends."""
 _REFUSED = (ErrorKind.INVALID, ErrorKind.NOT_FOUND, ErrorKind.UNSUPPORTED)
 _log = logging.getLogger(__name__)
-
-Delivery = Callable[[InferResponse], set[str]]
-"""Puts a response's outputs where the client wants them; names of those in shared memory."""
 
 
 @dataclass(frozen=True)

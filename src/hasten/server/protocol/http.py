@@ -23,7 +23,7 @@ from hasten.server.json_size import check_declared_size
 from hasten.server.openapi.operation import Operation, described
 from hasten.server.protocol.bodies import dump_json, parse_object
 from hasten.server.protocol.http_infer import InferRoutes, named_model
-from hasten.server.protocol.operations import Handler, LoadRequest, Operations, refuse_repository
+from hasten.server.protocol.operations import Handler, LoadRequest, Operations
 from hasten.server.security import Admission, Guard
 from hasten.server.types import invalid
 
@@ -128,7 +128,8 @@ async def _load(request: Request) -> Fields:
     sent = {key: text for key, text in parameters.items() if _is_file(key)}
     size = sum(len(text) for text in sent.values() if isinstance(text, str))
     files = await by_size(size, lambda: {key.removeprefix("file:"): _decoded(key, text) for key, text in sent.items()})
-    return {"model": request.path_params["model"], "config": config, "files": files}
+    repository = request.path_params.get("repository", "")
+    return {"model": request.path_params["model"], "config": config, "files": files, "repository": repository}
 
 
 async def _unload(request: Request) -> Fields:
@@ -136,7 +137,8 @@ async def _unload(request: Request) -> Fields:
     if not isinstance(with_dependents, bool):
         raise invalid("attempt to access JSON non-boolean as boolean")
     parameters = {"unload_dependents": {"bool_param": with_dependents}}
-    return {"model_name": request.path_params["model"], "parameters": parameters}
+    names = {"repository_name": request.path_params.get("repository", ""), "model_name": request.path_params["model"]}
+    return {**names, "parameters": parameters}
 
 
 async def _region(request: Request) -> Fields:
@@ -233,7 +235,6 @@ def _json(value: object) -> Response:
 
 
 async def _repository_parameters(request: Request, action: str, max_bytes: int = SMALL) -> dict[str, Any]:
-    refuse_repository(request.path_params.get("repository", ""))
     parameters = (await _object(request, max_bytes=max_bytes)).get("parameters", {})
     if not isinstance(parameters, dict):
         raise invalid("attempt to get members for non-object")

@@ -29,7 +29,7 @@ from hasten.server.protocol.bodies import (
     parse_object,
     raw_body,
 )
-from hasten.server.protocol.shared_memory import SharedMemory, deliver, placements
+from hasten.server.protocol.shared_memory import SharedMemory, delivery
 from hasten.server.protocol.tensors import byte_size, elements_json, flatten, from_list, texts_of
 from hasten.server.sse import BodyWriter, EventStream, unless_gone
 from hasten.server.types import ErrorKind, InferRequest, InferResponse, Parameter, ServiceError, Tensor, invalid
@@ -105,7 +105,6 @@ def _nested_shape(values: list[Any]) -> list[int]:
 def generate_json(response: InferResponse) -> bytes:
     """A response as one JSON object: outputs by name, those of one element without a list."""
     values: dict[str, Any] = {"id": response.id} if response.id else {}
-    values |= response.parameters
     values |= {output.name: _plain(output) for output in response.outputs}
     values |= {"model_name": response.model, "model_version": response.version}
     ordered = {key: values[key] for key in sorted(values)}
@@ -151,13 +150,11 @@ class InferRoutes:
         raw = await request.body()
         encoded = "content-encoding" in request.headers  # what is packed may become any size
         body = await by_size(sys.maxsize if encoded else len(raw), self._infer_body, model, version, raw, request)
-        wanted = placements(body.request.outputs, self._memory)
-        batched = self._batched(model, version)
+        deliver = delivery(body.request.outputs, self._memory, batched=self._batched(model, version))
         response = await unless_gone(request, self._service.infer(body.request))
 
         def answer() -> Response:
-            elsewhere = deliver(response, wanted, batched=batched)
-            return _infer_answer(request, *infer_response(response, body, elsewhere))
+            return _infer_answer(request, *infer_response(response, body, deliver(response)))
 
         return await by_size(byte_size(response.outputs), answer)
 

@@ -27,6 +27,7 @@ class LoadRequest:
     model: str
     config: str | None
     files: dict[str, bytes]
+    repository: str = ""
 
 
 class Operations:
@@ -38,7 +39,7 @@ class Operations:
         self.logs = logs
         self._traces = traces
         self.handlers: dict[str, Handler] = {
-            "ServerLive": lambda _: pb.ServerLiveResponse(live=service.is_live()),
+            "ServerLive": lambda _: pb.ServerLiveResponse(live=True),
             "ServerReady": lambda _: pb.ServerReadyResponse(ready=service.is_ready()),
             "ModelReady": lambda model: pb.ModelReadyResponse(ready=service.is_model_ready(model.name, model.version)),
             "ServerMetadata": lambda _: service.server_metadata(),
@@ -47,7 +48,7 @@ class Operations:
             "ModelStatistics": lambda model: pb.ModelStatisticsResponse(
                 model_stats=service.statistics(model.name, model.version)
             ),
-            "RepositoryIndex": lambda request: pb.RepositoryIndexResponse(models=service.index(ready=request.ready)),
+            "RepositoryIndex": self._index,
             "RepositoryModelLoad": self._load,
             "RepositoryModelUnload": self._unload,
             "SystemSharedMemoryStatus": self._memory_status,
@@ -59,11 +60,22 @@ class Operations:
             "TraceSetting": self._trace_setting,
         }
 
+    def _index(self, request: Any) -> Any:
+        _refuse_repository(request.repository_name)
+        return pb.RepositoryIndexResponse(models=self.service.index(ready=request.ready))
+
     async def _load(self, request: LoadRequest) -> Any:
+        _refuse_repository(request.repository)
         await self.service.load(request.model, request.config, request.files)
         return pb.RepositoryModelLoadResponse()
 
     async def _unload(self, request: Any) -> Any:
+        _refuse_repository(request.repository_name)
+        for key, parameter in request.parameters.items():
+            if key != "unload_dependents":
+                raise invalid(f"unrecognized unload parameter '{key}'.")
+            if parameter.WhichOneof("parameter_choice") != "bool_param":
+                raise invalid(f"invalid value type for '{key}' parameter, expected bool_param.")
         with_dependents = request.parameters["unload_dependents"].bool_param
         await self.service.unload(request.model_name, unload_dependents=with_dependents)
         return pb.RepositoryModelUnloadResponse()
@@ -101,7 +113,7 @@ class Operations:
         return pb.TraceSettingResponse(settings={key: {"value": values} for key, values in settings.items()})
 
 
-def refuse_repository(name: str) -> None:
+def _refuse_repository(name: str) -> None:
     """ServiceError where an operation is to be done in a repository of its own name."""
     if name:
         raise ServiceError(ErrorKind.UNSUPPORTED, "'repository_name' specification is not supported")

@@ -265,8 +265,6 @@ def infer_response(response: InferResponse, elsewhere: set[str], *, final: bool 
     ]
     if response.id:
         parts.append(field(_ID, response.id.encode()))
-    if response.parameters:
-        parts.append(_parameters(response.parameters))
     for output in outputs:
         parts.append(field(_RAW_OUTPUT, b"" if output.name in elsewhere else to_bytes(output)))
     return b"".join(parts)
@@ -299,21 +297,3 @@ def _head(model: str, version: str, final: bool | None, *outputs: tuple[str, str
     for name, datatype, shape in outputs:
         message.outputs.add(name=name, datatype=datatype, shape=shape)
     return bytes(message.SerializeToString())
-
-
-def _parameters(given: Mapping[str, Parameter]) -> bytes:
-    message = pb.ModelInferResponse()
-    for key, value in given.items():
-        _set(message.parameters[key], value)
-    return bytes(message.SerializeToString())
-
-
-def _set(message: Any, value: Parameter) -> None:
-    if isinstance(value, bool):
-        message.bool_param = value
-    elif isinstance(value, int):
-        setattr(message, "int64_param" if value < 2**63 else "uint64_param", value)
-    elif isinstance(value, float):
-        message.double_param = value
-    else:
-        message.string_param = value

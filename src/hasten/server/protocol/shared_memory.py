@@ -8,7 +8,7 @@ offered.
 import os
 import stat
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -214,19 +214,13 @@ def _open(key: str) -> int:
 _NUMBERS = ("UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP32", "FP64")
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What is to be done with one output."""
-
-    classes: int = 0
-    """Send this many classes instead; 0: the tensor."""
-    slice: Slice | None = None
-    """Write it there instead of sending it."""
+Delivery = Callable[[InferResponse], set[str]]
+"""Puts a response's outputs where the client wants them; names of those that are in shared memory now."""
 
 
-def placements(outputs: Sequence[RequestedOutput], memory: SharedMemory) -> dict[str, Placement]:
-    """What is to be done with which output, for those that are not sent as they are; INVALID where it is unclear."""
-    found: dict[str, Placement] = {}
+def delivery(outputs: Sequence[RequestedOutput], memory: SharedMemory, *, batched: bool) -> Delivery:
+    """What is to be done with these outputs of each response; INVALID where it is unclear."""
+    wanted: dict[str, Slice | int] = {}
     for output in outputs:
         if not output.parameters:
             continue
@@ -237,24 +231,21 @@ def placements(outputs: Sequence[RequestedOutput], memory: SharedMemory) -> dict
             raise invalid("invalid value for 'classification' parameter, expected >= 0")
         if classes and REGION in output.parameters:
             raise invalid("output can't set both 'shared_memory_region' and 'classification'")
-        where = memory.slice_of(output.name, output.parameters)
-        if where is not None or classes:
-            found[output.name] = Placement(classes, where)
-    return found
+        if place := memory.slice_of(output.name, output.parameters) or classes:
+            wanted[output.name] = place
 
+    def deliver(response: InferResponse) -> set[str]:
+        elsewhere = set[str]()
+        for at, output in enumerate(response.outputs if wanted else ()):
+            place = wanted.get(output.name)
+            if isinstance(place, Slice):
+                place.write(output.name, to_bytes(output))
+                elsewhere.add(output.name)
+            elif place is not None:
+                response.outputs[at] = classify(output, place, batched=batched)
+        return elsewhere
 
-def deliver(response: InferResponse, wanted: Mapping[str, Placement], *, batched: bool) -> set[str]:
-    """Do with a response's outputs what is wanted; the names of those that are in shared memory now."""
-    elsewhere = set[str]()
-    for at, output in enumerate(response.outputs if wanted else ()):
-        if (what := wanted.get(output.name)) is None:
-            continue
-        if what.slice is None:
-            response.outputs[at] = classify(output, what.classes, batched=batched)
-        else:
-            what.slice.write(output.name, to_bytes(output))
-            elsewhere.add(output.name)
-    return elsewhere
+    return deliver
 
 
 def classify(tensor: Tensor, classes: int, *, batched: bool) -> Tensor:

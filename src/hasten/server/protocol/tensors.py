@@ -174,7 +174,7 @@ def to_bytes(tensor: Tensor) -> bytes:
     return b"".join([_LENGTH.pack(len(text)) + text for text in texts])
 
 
-def from_list(name: str, datatype: str, shape: Sequence[int], data: Any, what: str = "data") -> Tensor:
+def from_list(name: str, datatype: str, shape: Sequence[int], data: Any) -> Tensor:
     """A tensor from JSON's lists, flat or nested; INVALID where a value is of another type or does not fit."""
     dtype, count = dtype_of(name, datatype), elements(name, shape)
     if datatype in ("FP16", "BF16"):
@@ -182,14 +182,14 @@ def from_list(name: str, datatype: str, shape: Sequence[int], data: Any, what: s
             f"receiving {datatype} data via JSON is not supported. Please use the binary data format for input {name}"
         )
     if not isinstance(data, list):
-        raise invalid(f"Unable to parse '{what}': attempt to access JSON non-array as array")
+        raise invalid("Unable to parse 'data': attempt to access JSON non-array as array")
     flat = flatten(data)
     types, complaint = _JSON_TYPES["B" if datatype == "BOOL" else dtype.kind]
     if not types.issuperset(map(type, flat)):
-        where = "JSON bytes array" if datatype == "BYTES" else f"'{what}'"
+        where = "JSON bytes array" if datatype == "BYTES" else "'data'"
         raise invalid(f"Unable to parse {where}: attempt to access JSON {complaint} (input '{name}')")
     if len(flat) != count:
-        raise invalid(f"Unable to parse '{what}': Shape does not match true shape of 'data' field (input '{name}')")
+        raise invalid(f"Unable to parse 'data': Shape does not match true shape of 'data' field (input '{name}')")
     if dtype.hasobject:
         check_texts(count)
     return Tensor(name, datatype, tuple(shape), _array(name, datatype, dtype, flat).reshape(tuple(shape)))
