@@ -131,7 +131,7 @@ class RowReader:
         # the template writes special tokens itself
         (ids,) = self._encoded([text], add_special_tokens=False)
         params = chat_params(body, engine.max_model_len - len(ids), reading)
-        choices = ChatChoices(False, body.top_logprobs or 0, reading, params.skip_special_tokens)
+        choices = ChatChoices(body.top_logprobs or 0, reading, params.skip_special_tokens)
         return RowRequest("chat.completion", body.model, [ids], [params], choices, cache_salt=body.cache_salt or "")
 
     def _encoded(self, prompts: Sequence[str | list[int]], *, add_special_tokens: bool = True) -> list[list[int]]:

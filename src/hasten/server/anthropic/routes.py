@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -15,16 +15,22 @@ from hasten.core.types import SamplingParams
 from hasten.server.anthropic.chat import CountRequest, MessagesRequest, as_chat
 from hasten.server.errors import message_error
 from hasten.server.openai.answer import Usage
+from hasten.server.openai.blocks import Block, BlockForm, Event
 from hasten.server.openai.call import ChatCalls
-from hasten.server.openai.choices import ChatChoice, ChatMessageOut, ChatPiece, Choice
+from hasten.server.openai.choices import ChatOutput
 from hasten.server.openai.errors import error_answer, guarded, json_response, read_body
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.reading import AnswerReading
 from hasten.server.openapi.operation import Operation
+from hasten.server.tools.reader import CallPiece, Piece, ReasoningPiece
 
-_encode = msgspec.json.Encoder().encode
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-Event = dict[str, Any]
+_DELTAS = {
+    "text": ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+"""Of each type of block: the type of what is new of it, and the field that has it."""
 
 
 def message_error_answer(error: Exception) -> tuple[int, bytes]:
@@ -33,114 +39,61 @@ def message_error_answer(error: Exception) -> tuple[int, bytes]:
     return status, message_error(status, msgspec.json.decode(body)["error"]["message"])
 
 
-class MessageForm:
+class MessageForm(BlockForm):
     """See AnswerForm."""
 
     def __init__(self, model: str) -> None:
-        self._model = model
-        self._id = f"msg_{secrets.token_hex(12)}"
-        self._begun = False
-        self._block: str | None = None
-        """Type of the block that has begun."""
-        self._blocks = 0
-        self._reason: str | None = None
-        self._stop: str | None = None
-
-    def whole(self, choices: list[Choice], usage: Usage) -> bytes:
-        """See AnswerForm."""
-        content: list[Event] = []
-        for choice in choices:
-            assert isinstance(choice, ChatChoice), "it is a chat's"
-            content += _blocks(choice.message)
-            self._end(choice)
-        choices.clear()
-        return _encode(self._message(usage) | {"content": content} | self._end_fields)
-
-    def events(self, pieces: Sequence[Choice], usage: Usage) -> bytes:
-        """See AnswerForm."""
-        events: list[Event] = []
-        if not self._begun:
-            self._begun = True
-            events.append({"type": "message_start", "message": self._message(usage)})
-        for piece in pieces:
-            assert isinstance(piece, ChatPiece), "it is a chat's"
-            events += self._take(piece.delta)
-            self._end(piece)
-        return _written(events)
-
-    def end(self, usage: Usage) -> bytes:
-        """See AnswerForm."""
-        delta = {"type": "message_delta", "delta": self._end_fields, "usage": _usage(usage)}
-        return _written([*self._stop_block(), delta, {"type": "message_stop"}])
+        super().__init__()
+        self._head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": model}
 
     def error(self, error: HastenError) -> bytes:
         """See AnswerForm."""
         return b"event: error\ndata: " + message_error_answer(error)[1] + b"\n\n"
 
-    def _take(self, delta: ChatMessageOut) -> Iterator[Event]:
-        if delta.reasoning:
-            if self._block != "thinking":
-                yield from self._start_block(_thinking(""))
-            yield self._delta({"type": "thinking_delta", "thinking": delta.reasoning})
-        if delta.content:
-            if self._block != "text":
-                yield from self._start_block({"type": "text", "text": ""})
-            yield self._delta({"type": "text_delta", "text": delta.content})
-        for call in delta.tool_calls or ():
-            if call.id is not None:
-                yield from self._start_block(
-                    {"type": "tool_use", "id": call.id, "name": call.function.name, "input": {}}
-                )
-            if call.function.arguments:
-                yield self._delta({"type": "input_json_delta", "partial_json": call.function.arguments})
+    def _answer(self, usage: Usage) -> dict[str, Any]:
+        return self._head | {"content": self._blocks} | self._reasons | {"usage": _usage(usage)}
 
-    def _start_block(self, block: Mapping[str, Any]) -> Iterator[Event]:
-        yield from self._stop_block()
-        self._block = block["type"]
-        yield {"type": "content_block_start", "index": self._blocks, "content_block": block}
+    def _begin(self, usage: Usage) -> Iterable[Event]:
+        yield {"type": "message_start", "message": self._answer(usage)}
 
-    def _stop_block(self) -> Iterator[Event]:
-        if self._block is not None:
-            yield {"type": "content_block_stop", "index": self._blocks}
-            self._block = None
-            self._blocks += 1
+    def _end(self, usage: Usage) -> Iterable[Event]:
+        yield {"type": "message_delta", "delta": self._reasons, "usage": _usage(usage)}
+        yield {"type": "message_stop"}
 
-    def _delta(self, delta: Mapping[str, Any]) -> Event:
-        return {"type": "content_block_delta", "index": self._blocks, "delta": delta}
+    def _begin_block(self, part: Piece) -> Iterator[Event]:
+        block: Block = {"type": "text", "text": ""}
+        if isinstance(part, CallPiece):
+            block = {"type": "tool_use", "id": part.id, "name": part.name, "input": {}}
+        elif isinstance(part, ReasoningPiece):  # the signature would show a server that it is its own
+            block = {"type": "thinking", "thinking": "", "signature": ""}
+        self._blocks.append(block)
+        yield {"type": "content_block_start", "index": len(self._blocks) - 1, "content_block": block}
 
-    def _end(self, choice: ChatChoice | ChatPiece) -> None:
-        if choice.finish_reason is not None:
-            self._reason = _REASONS.get(choice.finish_reason, choice.finish_reason)
-            if isinstance(choice.stop_reason, str) and choice.finish_reason == "stop":
-                self._reason, self._stop = "stop_sequence", choice.stop_reason
+    def _more(self, text: str, output: ChatOutput) -> Event:
+        kind, field = _DELTAS[self._blocks[-1]["type"]]
+        delta = {"type": kind, field: text}
+        return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
+
+    def _end_block(self, text: str) -> Iterator[Event]:
+        block = self._blocks[-1]
+        if block["type"] == "tool_use":
+            block["input"] = _object(text)
+        else:
+            block[block["type"]] = text
+        yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
 
     @property
-    def _end_fields(self) -> dict[str, Any]:
-        return {"stop_reason": self._reason, "stop_sequence": self._stop}
-
-    def _message(self, usage: Usage) -> dict[str, Any]:
-        """An answer without content."""
-        head = {"id": self._id, "type": "message", "role": "assistant", "model": self._model}
-        return head | {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(usage)}
+    def _reasons(self) -> dict[str, Any]:
+        """Why the answer ended."""
+        reason = None if self._last is None else self._last.finish_reason
+        stop = None if self._last is None or reason != "stop" else self._last.stop_reason
+        if isinstance(stop, str):
+            return {"stop_reason": "stop_sequence", "stop_sequence": stop}
+        return {"stop_reason": reason and _REASONS.get(reason, reason), "stop_sequence": None}
 
 
 def _usage(usage: Usage) -> dict[str, int]:
     return {"input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens}
-
-
-def _thinking(text: str) -> dict[str, Any]:
-    """A block of thinking; its signature would show a server that it is its own."""
-    return {"type": "thinking", "thinking": text, "signature": ""}
-
-
-def _blocks(message: ChatMessageOut) -> Iterator[Event]:
-    if message.reasoning:
-        yield _thinking(message.reasoning)
-    if message.content:
-        yield {"type": "text", "text": message.content}
-    for call in message.tool_calls or ():
-        arguments = _object(call.function.arguments)
-        yield {"type": "tool_use", "id": call.id, "name": call.function.name, "input": arguments}
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -150,10 +103,6 @@ def _object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _written(events: Sequence[Event]) -> bytes:
-    return b"".join(b"event: " + event["type"].encode() + b"\ndata: " + _encode(event) + b"\n\n" for event in events)
 
 
 _MESSAGES, _COUNT = msgspec.json.Decoder(MessagesRequest), msgspec.json.Decoder(CountRequest)

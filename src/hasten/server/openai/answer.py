@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import msgspec
 from hasten.core.errors import HastenError, InvalidRequestError
 from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.engine.ticket import Progress, Ticket
-from hasten.server.openai.choices import Choice
+from hasten.server.openai.choices import ChatOutput, ChatPiece, Choice, CompletionChoice, chat_choice, chat_pieces
 from hasten.server.openai.errors import error_answer
 from hasten.server.openai.types import StreamOptions
 
@@ -95,7 +95,8 @@ def whole_answer(head: bytes, choices: list[Choice], usage: Usage, more: bytes =
     choices.sort(key=lambda choice: choice.index, reverse=True)
     parts = []
     while choices:
-        parts.append(_encode(choices.pop()))
+        choice = choices.pop()
+        parts.append(_encode(chat_choice(choice) if isinstance(choice, ChatOutput) else choice))
     return head + b",".join(parts) + b'],"usage":' + _encode(usage.as_json()) + more + b"}"
 
 
@@ -133,6 +134,8 @@ class CompletionForm:
         self._counts_each = self._with_usage and bool(stream.continuous_usage_stats)
         self._end = b'],"usage":null}\n\n' if self._with_usage else b"]}\n\n"
         self._params = params
+        self._begun = set[int]()
+        """Answers to a chat of which something came."""
 
     def whole(self, choices: list[Choice], usage: Usage) -> bytes:
         """See AnswerForm."""
@@ -144,7 +147,8 @@ class CompletionForm:
         if self._counts_each:
             end = b'],"usage":' + _encode(usage.as_json()) + b"}\n\n"
         for piece in pieces:
-            events += self._begin + _encode(piece) + end
+            for shown in self._shown(piece):
+                events += self._begin + _encode(shown) + end
         return events
 
     def end(self, usage: Usage) -> bytes:
@@ -156,6 +160,13 @@ class CompletionForm:
     def error(self, error: HastenError) -> bytes:
         """See AnswerForm."""
         return b"data: " + error_answer(error)[1] + b"\n\n"
+
+    def _shown(self, piece: Choice) -> Iterable[CompletionChoice | ChatPiece]:
+        if isinstance(piece, CompletionChoice):
+            return (piece,)
+        is_first = piece.index not in self._begun
+        self._begun.add(piece.index)
+        return chat_pieces(piece, is_first=is_first)
 
     def _metrics(self, usage: Usage) -> bytes:
         return b"" if self._params is None else b',"metrics":' + _encode(usage.metrics(self._params))

@@ -215,7 +215,7 @@ class ChatCalls:
         tokens, reading = await self._prompts.chat(body, client)
         check(reading)
         params = chat_params(body, client.info.max_model_len - len(tokens), reading)
-        choices = ChatChoices(bool(body.stream), body.top_logprobs or 0, reading, params.skip_special_tokens)
+        choices = ChatChoices(body.top_logprobs or 0, reading, params.skip_special_tokens)
         call = Call(body, found, [tokens], params, choices, form(params), queueing, reading=reading)
         return await respond(request, call)
 

@@ -114,7 +114,19 @@ class ChatPiece(msgspec.Struct):
     stop_reason: StopReason = msgspec.UNSET
 
 
-Choice = CompletionChoice | ChatChoice | ChatPiece
+@dataclass(slots=True)
+class ChatOutput:
+    """An answer to a chat, or what is new of it, for the forms of all APIs."""
+
+    index: int
+    parts: Sequence[Piece]
+    """Text, reasoning and calls, in the order in which the model wrote them."""
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: StopReason
+
+
+Choice = CompletionChoice | ChatOutput
 
 
 class Choices(ABC):
@@ -270,12 +282,10 @@ def _by_text(top: dict[int, Logprob]) -> dict[str, float]:
 class ChatChoices(Choices):
     """Answers of a chat, which have reasoning and calls of tools where `reading` says how they are read."""
 
-    stream: bool
     top_logprobs: int = 0
     reading: AnswerReading | None = None
     skip_special_tokens: bool = True
     """Whether the text is without them."""
-    _begun: set[int] = field(default_factory=set)
     _readers: dict[int, AnswerReader] = field(default_factory=dict)
     _spans: dict[int, TokenSpans] = field(default_factory=dict)
     """Where the tokens of answers with reasoning stand in their texts."""
@@ -287,46 +297,18 @@ class ChatChoices(Choices):
             return None
         return sum(spans.count(self._readers[index].reasoned) for index, spans in self._spans.items())
 
-    def take(self, number: int, progress: Progress) -> list[ChatChoice | ChatPiece]:
+    def take(self, number: int, progress: Progress) -> list[ChatOutput]:
         """See Choices; a chat has one prompt."""
-        if not self.stream:
-            return [self._whole(delta) for delta in progress.completions]
-        return [piece for delta in progress.completions for piece in self._pieces(delta)]
+        outputs = map(self._output, progress.completions)
+        return [each for each in outputs if each.parts or each.logprobs or each.finish_reason]
 
-    def _whole(self, delta: CompletionDelta) -> ChatChoice:
-        logprobs = None if delta.logprobs is None else self._logprobs(delta)
+    def _output(self, delta: CompletionDelta) -> ChatOutput:
         if self.reading is None:
-            message = ChatMessageOut("assistant", delta.text)
-            return ChatChoice(delta.index, message, logprobs, _reason(delta), _stop_reason(delta))
-        pieces = self._read(self.reading, delta)
-        calls = _joined(self.reading, pieces)
-        text, reasoning = joined_text(pieces, TextPiece), joined_text(pieces, ReasoningPiece) or None
-        content = text if text or not (calls or reasoning) else None
-        message = ChatMessageOut("assistant", content, reasoning, reasoning, calls or None)
-        return ChatChoice(delta.index, message, logprobs, self._reason(delta), _stop_reason(delta))
-
-    def _pieces(self, delta: CompletionDelta) -> Iterator[ChatPiece]:
-        """What is new of an answer: one piece, or one for each part of it that is text, reasoning or a call."""
+            parts: Sequence[Piece] = (TextPiece(delta.text),) if _shows(delta) else ()
+        else:
+            parts = self._read(self.reading, delta)
         logprobs = None if delta.logprobs is None else self._logprobs(delta)
-        if self.reading is None:
-            if _shows(delta):
-                yield self._piece(delta, ChatMessageOut(content=delta.text), logprobs, _reason(delta))
-            return
-        shown = [_message(self.reading, piece) for piece in self._read(self.reading, delta)]
-        if not shown and (logprobs is not None or delta.finish_reason is not None):
-            shown = [ChatMessageOut()]
-        for number, message in enumerate(shown):
-            is_last = number == len(shown) - 1
-            yield self._piece(delta, message, None if number else logprobs, self._reason(delta) if is_last else None)
-
-    def _piece(
-        self, delta: CompletionDelta, message: ChatMessageOut, logprobs: ChatLogprobs | None, reason: str | None
-    ) -> ChatPiece:
-        if delta.index not in self._begun:
-            self._begun.add(delta.index)
-            message.role = "assistant"
-        stop = msgspec.UNSET if reason is None else _stop_reason(delta)
-        return ChatPiece(delta.index, message, logprobs, reason, stop)
+        return ChatOutput(delta.index, parts, logprobs, self._reason(delta), _stop_reason(delta))
 
     def _read(self, reading: AnswerReading, delta: CompletionDelta) -> list[Piece]:
         reader = self._readers.get(delta.index)
@@ -339,9 +321,11 @@ class ChatChoices(Choices):
             spans.add(delta.token_ids)
         pieces = reader.feed(delta.text)
         pieces = pieces if delta.finish_reason is None else pieces + reader.end()
-        if reading.shows_reasoning:
-            return pieces
-        return [piece for piece in pieces if not isinstance(piece, ReasoningPiece)]
+        return [
+            piece._replace(id=reading.call_id()) if isinstance(piece, CallPiece) and piece.name is not None else piece
+            for piece in pieces
+            if reading.shows_reasoning or not isinstance(piece, ReasoningPiece)
+        ]
 
     def _reason(self, delta: CompletionDelta) -> str | None:
         reader = self._readers.get(delta.index)
@@ -359,30 +343,42 @@ class ChatChoices(Choices):
         return ChatToken(chosen.token, chosen.logprob, chosen.bytes, others)
 
 
-def _message(reading: AnswerReading, piece: Piece) -> ChatMessageOut:
-    """A piece of an answer in OpenAI's form."""
-    if isinstance(piece, TextPiece):
-        return ChatMessageOut(content=piece.text)
-    if isinstance(piece, ReasoningPiece):
-        return ChatMessageOut(reasoning=piece.text, reasoning_content=piece.text)
-    if piece.name is None:
-        return ChatMessageOut(tool_calls=[ToolCallOut(FunctionOut(piece.arguments), piece.number)])
-    call = ToolCallOut(FunctionOut(piece.arguments, piece.name), piece.number, reading.call_id(), "function")
-    return ChatMessageOut(tool_calls=[call])
-
-
-def _joined(reading: AnswerReading, pieces: Sequence[Piece]) -> list[ToolCallOut]:
-    """The calls of a whole answer."""
-    calls: list[tuple[str, list[str]]] = []
-    for piece in pieces:
-        if isinstance(piece, CallPiece):
-            if piece.name is not None:
-                calls.append((piece.name, []))
-            calls[-1][1].append(piece.arguments)
-    return [
-        ToolCallOut(FunctionOut("".join(arguments), name), id=reading.call_id(), type="function")
-        for name, arguments in calls
+def chat_choice(output: ChatOutput) -> ChatChoice:
+    """A whole answer."""
+    parts, calls = output.parts, list[tuple[CallPiece, list[str]]]()
+    for part in parts:
+        if isinstance(part, CallPiece):
+            if part.name is not None:
+                calls.append((part, []))
+            calls[-1][1].append(part.arguments)
+    text, reasoning = joined_text(parts, TextPiece), joined_text(parts, ReasoningPiece) or None
+    written = [
+        ToolCallOut(FunctionOut("".join(arguments), call.name), id=call.id, type="function")
+        for call, arguments in calls
     ]
+    content = text if text or not (written or reasoning) else None
+    message = ChatMessageOut("assistant", content, reasoning, reasoning, written or None)
+    return ChatChoice(output.index, message, output.logprobs, output.finish_reason, output.stop_reason)
+
+
+def chat_pieces(output: ChatOutput, *, is_first: bool) -> Iterator[ChatPiece]:
+    """What is new of an answer: one piece for each part of it; `is_first`: nothing of it came before."""
+    messages = [_message(part) for part in output.parts] or [ChatMessageOut()]
+    if is_first:
+        messages[0].role = "assistant"
+    for message in messages[:-1]:
+        yield ChatPiece(output.index, message, output.logprobs if message is messages[0] else None, None)
+    logprobs = output.logprobs if len(messages) == 1 else None
+    yield ChatPiece(output.index, messages[-1], logprobs, output.finish_reason, output.stop_reason)
+
+
+def _message(part: Piece) -> ChatMessageOut:
+    if isinstance(part, TextPiece):
+        return ChatMessageOut(content=part.text)
+    if isinstance(part, ReasoningPiece):
+        return ChatMessageOut(reasoning=part.text, reasoning_content=part.text)
+    head = {} if part.name is None else {"id": part.id, "type": "function"}
+    return ChatMessageOut(tool_calls=[ToolCallOut(FunctionOut(part.arguments, part.name), part.number, **head)])
 
 
 def _token_logprob(token: int, entry: Logprob) -> TokenLogprob:

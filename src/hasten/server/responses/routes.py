@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -13,69 +13,37 @@ from starlette.routing import Route
 from hasten.core.errors import HastenError
 from hasten.core.types import SamplingParams
 from hasten.server.openai.answer import Usage
+from hasten.server.openai.blocks import Block, BlockForm, Event
 from hasten.server.openai.call import ChatCalls
-from hasten.server.openai.choices import (
-    ChatChoice,
-    ChatLogprobs,
-    ChatMessageOut,
-    ChatPiece,
-    ChatToken,
-    Choice,
-    ToolCallOut,
-)
+from hasten.server.openai.choices import ChatOutput, ChatToken
 from hasten.server.openai.errors import error_answer, guarded, read_body
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.reading import AnswerReading
 from hasten.server.openapi.operation import Operation
 from hasten.server.responses.chat import LOGPROBS, ResponsesRequest, as_chat
+from hasten.server.tools.reader import CallPiece, Piece, ReasoningPiece, TextPiece
 
-_encode = msgspec.json.Encoder().encode
-Item = dict[str, Any]
-Event = dict[str, Any]
+_ITEMS: dict[type[Piece], tuple[str, dict[str, Any]]] = {
+    TextPiece: ("msg", {"type": "message", "role": "assistant"}),
+    ReasoningPiece: ("rs", {"type": "reasoning", "summary": []}),
+    CallPiece: ("fc", {"type": "function_call"}),
+}
+"""What each part of an answer is as an item: how its id begins, and its own fields."""
+_TEXTS = {"message": "output_text", "reasoning": "reasoning_text", "function_call": "function_call_arguments"}
+"""What the text of each type of item is called."""
 
 
-class ResponseForm:
+class ResponseForm(BlockForm):
     """See AnswerForm. With `params` the answer has the times of the request."""
 
     def __init__(self, body: ResponsesRequest, params: SamplingParams | None = None) -> None:
+        super().__init__()
         self._request = body
         self._params = params
         self._id = f"resp_{secrets.token_hex(24)}"
         self._created = int(time.time())
-        self._items: list[Item] = []
-        self._texts: list[str] = []
-        """Pieces of the text, or of the arguments, of the last item."""
         self._tokens: list[ChatToken] = []
         """Of the last item's text, where their log-probabilities are wanted."""
-        self._reason: str | None = None
-        self._events = 0
-
-    def whole(self, choices: list[Choice], usage: Usage) -> bytes:
-        """See AnswerForm."""
-        for choice in choices:
-            assert isinstance(choice, ChatChoice), "it is a chat's"
-            list(self._take_piece(choice.message, _tokens(choice.logprobs)))
-            self._reason = choice.finish_reason
-            list(self._finish_item())
-        choices.clear()
-        return _encode(self._response(self._status, usage))
-
-    def events(self, pieces: Sequence[Choice], usage: Usage) -> bytes:
-        """See AnswerForm."""
-        events: list[Event] = []
-        if self._events == 0:
-            events += [{"type": f"response.{kind}", "response": self._response("in_progress")} for kind in _BEGIN]
-        for piece in pieces:
-            assert isinstance(piece, ChatPiece), "it is a chat's"
-            events += self._take_piece(piece.delta, _tokens(piece.logprobs))
-            self._reason = piece.finish_reason or self._reason
-        return self._written(events)
-
-    def end(self, usage: Usage) -> bytes:
-        """See AnswerForm."""
-        events = list(self._finish_item())
-        status = self._status
-        return self._written([*events, {"type": f"response.{status}", "response": self._response(status, usage)}])
 
     def error(self, error: HastenError) -> bytes:
         """See AnswerForm."""
@@ -83,75 +51,71 @@ class ResponseForm:
         fields = {name: said[name] for name in ("code", "message", "param")}
         return self._written([{"type": "error", **fields}])
 
-    def _take_piece(self, delta: ChatMessageOut, tokens: list[ChatToken]) -> Iterator[Event]:
-        if delta.reasoning:
-            yield from self._text("reasoning", delta.reasoning)
-            yield {"type": "response.reasoning_text.delta", **self._text_position, "delta": delta.reasoning}
-        if delta.content or tokens:
-            text = str(delta.content or "")
-            yield from self._text("message", text)
-            self._tokens += tokens
-            yield {"type": "response.output_text.delta", **self._text_position, "delta": text, "logprobs": tokens}
-        for call in delta.tool_calls or ():
-            if call.id is not None:
-                yield from self._finish_item()
-                yield from self._begin_item(_call(call, "in_progress", ""))
-            if call.function.arguments:
-                self._texts.append(call.function.arguments)
-                arguments = call.function.arguments
-                yield {"type": "response.function_call_arguments.delta", **self._call_position, "delta": arguments}
+    def _answer(self, usage: Usage) -> dict[str, Any]:
+        return self._response(self._status, usage)
 
-    def _text(self, kind: str, text: str) -> Iterator[Event]:
-        """Take text of the last item, or of a new one if that is of another kind."""
-        if not self._items or self._items[-1]["type"] != kind:
-            yield from self._finish_item()
-            yield from self._begin_item(_ITEMS[kind]("in_progress", []))
-            yield {"type": "response.content_part.added", **self._text_position, "part": _PARTS[kind]("", ())}
-        self._texts.append(text)
+    def _begin(self, usage: Usage) -> Iterable[Event]:
+        for kind in ("created", "in_progress"):
+            yield {"type": f"response.{kind}", "response": self._response("in_progress")}
 
-    def _begin_item(self, item: Item) -> Iterator[Event]:
-        self._items.append(item)
-        self._texts.clear()
-        self._tokens = []
-        yield {"type": "response.output_item.added", "output_index": len(self._items) - 1, "item": dict(item)}
+    def _end(self, usage: Usage) -> Iterable[Event]:
+        yield {"type": f"response.{self._status}", "response": self._answer(usage)}
 
-    def _finish_item(self) -> Iterator[Event]:
-        """The end of the last item, if one has begun and not ended."""
-        if not self._items or self._items[-1]["status"] != "in_progress":
-            return
-        item, text = self._items[-1], "".join(self._texts)
-        item["status"] = self._status
-        if item["type"] in _PARTS:
-            part = _PARTS[item["type"]](text, self._tokens)
-            item["content"] = [part]
-            done = {"type": f"response.{part['type']}.done", **self._text_position, "text": text}
-            yield done if item["type"] == "reasoning" else {**done, "logprobs": self._tokens}
-            yield {"type": "response.content_part.done", **self._text_position, "part": part}
+    def _begin_block(self, part: Piece) -> Iterator[Event]:
+        prefix, fields = _ITEMS[type(part)]
+        item = {"id": f"{prefix}_{secrets.token_hex(24)}", "status": "in_progress", **fields}
+        if isinstance(part, CallPiece):
+            item |= {"call_id": part.id, "name": part.name, "arguments": ""}
         else:
+            item["content"] = []
+        self._tokens = []
+        self._blocks.append(item)
+        yield {"type": "response.output_item.added", "output_index": len(self._blocks) - 1, "item": item}
+        if not isinstance(part, CallPiece):
+            yield {"type": "response.content_part.added", **self._position, "part": self._part("")}
+
+    def _more(self, text: str, output: ChatOutput) -> Event:
+        kind = self._blocks[-1]["type"]
+        event = {"type": f"response.{_TEXTS[kind]}.delta", **self._position, "delta": text}
+        if kind == "message":
+            tokens = [] if output.logprobs is None else output.logprobs.content
+            self._tokens += tokens
+            event["logprobs"] = tokens
+        return event
+
+    def _end_block(self, text: str) -> Iterator[Event]:
+        item = self._blocks[-1]
+        kind, item["status"] = item["type"], self._status
+        done = {"type": f"response.{_TEXTS[kind]}.done", **self._position}
+        if kind == "function_call":
             item["arguments"] = text
-            done = {"type": "response.function_call_arguments.done", **self._call_position}
             yield done | {"name": item["name"], "arguments": text}
-        yield {"type": "response.output_item.done", "output_index": len(self._items) - 1, "item": dict(item)}
+        else:
+            part = self._part(text)
+            item["content"] = [part]
+            yield done | {name: part[name] for name in ("text", "logprobs") if name in part}
+            yield {"type": "response.content_part.done", **self._position, "part": part}
+        yield {"type": "response.output_item.done", "output_index": len(self._blocks) - 1, "item": item}
+
+    def _part(self, text: str) -> Block:
+        """The only part of the last item's content."""
+        kind = self._blocks[-1]["type"]
+        part = {"type": _TEXTS[kind], "text": text}
+        return part if kind == "reasoning" else part | {"annotations": [], "logprobs": self._tokens}
 
     @property
-    def _call_position(self) -> dict[str, Any]:
-        return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
-
-    @property
-    def _text_position(self) -> dict[str, Any]:
-        return {**self._call_position, "content_index": 0}
+    def _position(self) -> dict[str, Any]:
+        item = self._blocks[-1]
+        position = {"item_id": item["id"], "output_index": len(self._blocks) - 1}
+        return position if item["type"] == "function_call" else position | {"content_index": 0}
 
     @property
     def _status(self) -> str:
-        return "incomplete" if self._reason == "length" else "completed"
+        is_cut = self._last is not None and self._last.finish_reason == "length"
+        return "incomplete" if is_cut else "completed"
 
-    def _written(self, events: Sequence[Event]) -> bytes:
-        written = b""
-        for event in events:
-            body = _encode(event | {"sequence_number": self._events})
-            written += b"event: " + event["type"].encode() + b"\ndata: " + body + b"\n\n"
-            self._events += 1
-        return written
+    def _numbered(self, event: Event) -> Event:
+        return event | {"sequence_number": self._events}
 
     def _response(self, status: str, usage: Usage | None = None) -> dict[str, Any]:
         body = self._request
@@ -167,7 +131,7 @@ class ResponseForm:
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
             "model": body.model,
-            "output": list(self._items),
+            "output": self._blocks,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
@@ -185,9 +149,6 @@ class ResponseForm:
         return fields
 
 
-_BEGIN = ("created", "in_progress")
-
-
 def _usage(usage: Usage) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt_tokens,
@@ -196,38 +157,6 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
-
-
-def _message(status: str, content: list[Item]) -> Item:
-    item_id = f"msg_{secrets.token_hex(24)}"
-    return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": content}
-
-
-def _part(text: str, tokens: Sequence[ChatToken]) -> Item:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": tokens}
-
-
-def _tokens(logprobs: ChatLogprobs | None) -> list[ChatToken]:
-    return [] if logprobs is None else logprobs.content
-
-
-def _reasoning(status: str, content: list[Item]) -> Item:
-    item_id = f"rs_{secrets.token_hex(24)}"
-    return {"id": item_id, "type": "reasoning", "status": status, "summary": [], "content": content}
-
-
-def _reasoning_part(text: str, _: Sequence[ChatToken]) -> Item:
-    return {"type": "reasoning_text", "text": text}
-
-
-_ITEMS = {"message": _message, "reasoning": _reasoning}
-_PARTS = {"message": _part, "reasoning": _reasoning_part}
-"""Items of text, and what they hold, by their types."""
-
-
-def _call(call: ToolCallOut, status: str, arguments: str) -> Item:
-    head = {"id": f"fc_{secrets.token_hex(24)}", "type": "function_call", "status": status}
-    return head | {"call_id": call.id, "name": call.function.name, "arguments": arguments}
 
 
 _RESPONSES = msgspec.json.Decoder(ResponsesRequest)

@@ -34,6 +34,8 @@ class CallPiece(NamedTuple):
     """Which of the answer's calls it belongs to."""
     name: str | None
     arguments: str
+    id: str | None = None
+    """Which the beginning gets for its client; no model writes it."""
 
 
 Piece = TextPiece | ReasoningPiece | CallPiece
