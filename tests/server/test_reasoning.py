@@ -27,6 +27,7 @@ from hasten.server.openai.reading import TokenSpans, after_reasoning
 from hasten.server.tools.harmony import HarmonyReader
 from hasten.server.tools.reader import ReasoningPiece, TextPiece, TextReader
 from hasten.server.tools.reasoning import HARMONY, ReasoningReader, Stage, joined_text, reasoning_form
+from hasten.server.tools.rules import Marks
 
 pytestmark = pytest.mark.any_python
 
@@ -150,7 +151,7 @@ def takes(tokenizer: Tokenizer) -> Any:
     vocabulary = Vocabulary(tokenizer.to_json(), tokenizer.vocab_size, (2,)).load()
 
     def takes(form: Any, stage: Stage, constraint: dict[str, Any], text: str) -> bool:
-        grammar = after_reasoning(constraint, form, stage, tokenizer.added_tokens, (2,))
+        grammar = after_reasoning(constraint, form, stage, Marks(tokenizer.added_tokens, (2,)))
         matcher = LLMatcher(vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0)
         assert not matcher.is_error(), matcher.get_error()
         ids = tokenizer.encode(text, add_special_tokens=False)

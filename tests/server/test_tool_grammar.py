@@ -15,13 +15,14 @@ from tokenizers import Tokenizer as FastTokenizer
 from hasten.engine.grammar_text import Vocabulary
 from hasten.engine.text import Tokenizer
 from hasten.server.tools.forms import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, QWEN_CODER, ToolForm
-from hasten.server.tools.grammar import GrammarFunction, ToolGrammar
+from hasten.server.tools.grammar import ToolGrammar
 from hasten.server.tools.parser import ToolParser
 from hasten.server.tools.reader import CallPiece, TextPiece
+from hasten.server.tools.rules import Marks
 from hasten.server.tools.xml_parser import XmlToolParser
 
 END = 2
-FUNCTIONS = [GrammarFunction(tool["function"]["name"], tool["function"].get("parameters")) for tool in (WEATHER, CLOCK)]
+FUNCTIONS = {tool["function"]["name"]: tool["function"].get("parameters") for tool in (WEATHER, CLOCK)}
 OSLO, NOON = '{"city": "Oslo", "days": 3}', "{}"
 ONE = {
     HERMES: f'<tool_call>\n{{"name": "weather", "arguments": {OSLO}}}\n</tool_call>',
@@ -56,7 +57,7 @@ class Checker:
 
     def __init__(self, vocabulary: tuple[Tokenizer, LLTokenizer], form: ToolForm, *, several: bool = True) -> None:
         self._tokenizer, self._vocabulary = vocabulary
-        self.grammar = ToolGrammar(form, FUNCTIONS, self._tokenizer.added_tokens, (END,), several=several)
+        self.grammar = ToolGrammar(form, FUNCTIONS, Marks(self._tokenizer.added_tokens, (END,)), several=several)
 
     def takes(self, grammar: str, text: str, *, whole: bool = True) -> bool:
         matcher = LLMatcher(self._vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0)
@@ -66,8 +67,7 @@ class Checker:
 
 
 def read(form: ToolForm, text: str) -> tuple[str, list[list[str]]]:
-    schemas = {function.name: function.schema for function in FUNCTIONS}
-    parser = XmlToolParser(form, schemas) if form.is_xml else ToolParser(form, schemas)
+    parser = XmlToolParser(form, FUNCTIONS) if form.is_xml else ToolParser(form, FUNCTIONS)
     pieces = [*parser.feed(text), *parser.end()]
     calls: list[list[str]] = []
     for piece in pieces:

@@ -11,9 +11,10 @@ from hasten.core.types import CompletionOutput, Logprob, RequestOutput
 from hasten.server.engine.ticket import Progress
 from hasten.server.engine.wire import CompletionDelta
 from hasten.server.engine.wire import Logprob as WireLogprob
+from hasten.server.errors import OpenAIErrors
 from hasten.server.openai.answer import Usage, answer_head, check_completions, whole_answer
 from hasten.server.openai.choices import Choice
-from hasten.server.openai.errors import error_answer
+from hasten.server.openai.handling import error_object
 
 _encode = msgspec.json.Encoder().encode
 
@@ -82,10 +83,10 @@ def _line(row: Row, name: str, status: int, body: bytes, error: dict[str, str] |
 
 def error_line(row: Row, error: HastenError) -> bytes:
     """One line of the errors: what the API would answer, and the reason with the row's line in the input."""
-    status, body = error_answer(error)
+    status, said = error_object(error)
     code: str | None = getattr(error, "code", None)
     reason = {"code": code or _code(status), "message": f"{row.where}: {error}"}
-    return _line(row, id_of(row), status, body, reason)
+    return _line(row, id_of(row), status, _encode(OpenAIErrors(said)), reason)
 
 
 def _code(status: int) -> str:

@@ -124,7 +124,7 @@ class RowReader:
             raise OpenAIError("the model's tokenizer has no chat template; use prompts, or /v1/completions")
         engine, tokenizer = self._engine, self._engine.tokenizer
         assert tokenizer is not None, "it has a template"
-        tools = ToolUse.of(body, template, tokenizer, engine.eos_token_ids, engine.tool_call_parser)
+        tools = ToolUse.of(body, template, engine.tool_call_parser)
         text = chat_text(body, template, tools=None if tools is None else tools.descriptions)
         reasoning = chat_reasoning(body, template, text, engine.reasoning_parser)
         reading = reading_of(tokenizer, engine.eos_token_ids, tools, reasoning)

@@ -6,7 +6,9 @@ Over HTTP they have Triton's shape, and OpenAI's on its own routes and those bes
 import logging
 import math
 from collections.abc import Mapping
+from typing import Literal
 
+import msgspec
 from starlette.responses import Response
 
 from hasten.core.errors import (
@@ -18,14 +20,13 @@ from hasten.core.errors import (
     UnsupportedError,
 )
 from hasten.server.engine.queue import QueueError, QueueFullError
-from hasten.server.protocol.bodies import dump_json
 from hasten.server.protocol.tensors import about
 from hasten.server.types import ErrorKind, ServiceError
 
 CLIENT_GONE = ErrorKind.CANCELLED.value.http
 OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize", "/score", "/rerank", "/v2/rerank", "/pooling", "/classify")
 """How paths begin whose errors have OpenAI's form."""
-_MESSAGES_PATH = "/v1/messages"
+MESSAGES_PATH = "/v1/messages"
 _MESSAGE_ERRORS = {
     **{401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"},
     **{429: "rate_limit_error", 503: "overloaded_error"},
@@ -40,26 +41,62 @@ def retry_after(seconds: float | None) -> int:
     return max(1, math.ceil(min(seconds or 0, _LONGEST_RETRY_S)))
 
 
-def openai_error(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
-    """The JSON of an error of OpenAI's API."""
-    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
-    return dump_json({"error": {"message": message, "type": kind, "param": param, "code": code}})
+class ErrorObject(msgspec.Struct):
+    """What is wrong with a request, as OpenAI's API says it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+    @classmethod
+    def of(cls, status: int, message: str, param: str | None = None, code: str | None = None) -> "ErrorObject":
+        """One of this HTTP status; `param` is the field of the request that is wrong."""
+        kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+        return cls(message, kind, param, code)
 
 
-def message_error(status: int, message: str) -> bytes:
-    """The JSON of an error of Anthropic's Messages API."""
-    kind = _MESSAGE_ERRORS.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return dump_json({"type": "error", "error": {"type": kind, "message": message}})
+class OpenAIErrors(msgspec.Struct):
+    """The body of an error of OpenAI's API and those beside it."""
+
+    error: ErrorObject
 
 
-def error_response(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+class MessageErrorObject(msgspec.Struct):
+    """What is wrong with a request, as Anthropic's API says it."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrors(msgspec.Struct):
+    """The body of an error of Anthropic's API."""
+
+    error: MessageErrorObject
+    type: Literal["error"] = "error"
+
+
+class TritonErrors(msgspec.Struct):
+    """The body of any other error."""
+
+    error: str
+
+
+def error_body(path: str, status: int, error: ErrorObject) -> OpenAIErrors | AnthropicErrors | TritonErrors:
+    """An error in the form of the API that a path belongs to."""
+    if path.startswith(MESSAGES_PATH):
+        kind = _MESSAGE_ERRORS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        return AnthropicErrors(MessageErrorObject(kind, error.message))
+    return OpenAIErrors(error) if path.startswith(OPENAI_PATHS) else TritonErrors(error.message)
+
+
+def error_response(
+    path: str, status: int, error: str | ErrorObject, headers: Mapping[str, str] | None = None
+) -> Response:
     """The answer to a request that failed."""
-    if path.startswith(_MESSAGES_PATH):
-        body = message_error(status, message)
-    elif path.startswith(OPENAI_PATHS):
-        body = openai_error(status, message, code=_OPENAI_CODES.get(status))
-    else:
-        body = dump_json({"error": message})
+    if isinstance(error, str):
+        error = ErrorObject.of(status, error, code=_OPENAI_CODES.get(status))
+    body = msgspec.json.encode(error_body(path, status, error))
     return Response(body, status, {"content-type": "application/json", **(headers or {})})
 
 

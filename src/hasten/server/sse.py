@@ -75,37 +75,21 @@ class BodyWriter:
 Result = TypeVar("Result")
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`; ClientDisconnect, with the work cancelled, where the client leaves before.
 
     The request's body must have been read: what comes next is the end of the connection.
     """
-    return await _while_there(request.receive, work)
-
-
-async def _while_there(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    task, left = asyncio.current_task(), False
-    assert task is not None, "requests are answered by tasks"
-
-    def leave(gone: "asyncio.Future[None]") -> None:
-        nonlocal left
-        if gone.cancelled():
-            return  # the event loop ends, and with it this task
-        left = True
-        gone.exception()  # whatever ended the reading, there is nobody to answer
-        task.cancel()
-
-    gone = asyncio.ensure_future(_gone(receive))
-    gone.add_done_callback(leave)
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
-        return await work
-    except asyncio.CancelledError:
-        if left and task.uncancel() == 0:
-            raise ClientDisconnect from None
-        raise
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
     finally:
-        gone.remove_done_callback(leave)
+        working.cancel()
         gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
 
 
 async def _gone(receive: Receive) -> None:
@@ -141,7 +125,7 @@ class EventStream(Response):
     async def of(cls, request: Request, events: Events) -> "EventStream":
         """The answer with these events, once there is one: an error before it has a status of its own."""
         try:
-            return cls(await unless_gone(request, events.first()), events)
+            return cls(await unless_gone(request.receive, events.first()), events)
         except BaseException:
             await events.close()
             raise
@@ -151,7 +135,7 @@ class EventStream(Response):
         try:
             # A server that stops cancels what a client has not read when its time is over: that is no fault to report.
             with suppress(ClientDisconnect, asyncio.CancelledError):
-                await _while_there(receive, self._send(send, BodyWriter.of(scope)))
+                await unless_gone(receive, self._send(send, BodyWriter.of(scope)))
         finally:
             await self._events.close()
 

@@ -13,15 +13,14 @@ from starlette.routing import Route
 from hasten.core.errors import HastenError
 from hasten.core.types import SamplingParams
 from hasten.server.anthropic.chat import CountRequest, MessagesRequest, as_chat
-from hasten.server.errors import message_error
+from hasten.server.errors import MESSAGES_PATH, error_body
 from hasten.server.openai.answer import Usage
 from hasten.server.openai.blocks import Block, BlockForm, Event
 from hasten.server.openai.call import ChatCalls
 from hasten.server.openai.choices import ChatOutput
-from hasten.server.openai.errors import error_answer, guarded, json_response, read_body
+from hasten.server.openai.handling import api_route, error_object, json_response
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.reading import AnswerReading
-from hasten.server.openapi.operation import Operation
 from hasten.server.tools.reader import CallPiece, Piece, ReasoningPiece
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -33,12 +32,6 @@ _DELTAS = {
 """Of each type of block: the type of what is new of it, and the field that has it."""
 
 
-def message_error_answer(error: Exception) -> tuple[int, bytes]:
-    """HTTP status and body for an error."""
-    status, body = error_answer(error)
-    return status, message_error(status, msgspec.json.decode(body)["error"]["message"])
-
-
 class MessageForm(BlockForm):
     """See AnswerForm."""
 
@@ -48,7 +41,7 @@ class MessageForm(BlockForm):
 
     def error(self, error: HastenError) -> bytes:
         """See AnswerForm."""
-        return b"event: error\ndata: " + message_error_answer(error)[1] + b"\n\n"
+        return self._written([msgspec.to_builtins(error_body(MESSAGES_PATH, *error_object(error)))])
 
     def _answer(self, usage: Usage) -> dict[str, Any]:
         return self._head | {"content": self._blocks} | self._reasons | {"usage": _usage(usage)}
@@ -105,15 +98,10 @@ def _object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-_MESSAGES, _COUNT = msgspec.json.Decoder(MessagesRequest), msgspec.json.Decoder(CountRequest)
-
-
 def message_routes(chats: ChatCalls) -> list[Route]:
     """POST /v1/messages and /v1/messages/count_tokens."""
 
-    async def messages(request: Request) -> Response:
-        body = await read_body(request, _MESSAGES)
-
+    async def messages(request: Request, body: MessagesRequest) -> Response:
         def form(_: SamplingParams) -> MessageForm:
             return MessageForm(body.model)
 
@@ -123,13 +111,10 @@ def message_routes(chats: ChatCalls) -> list[Route]:
 
         return await chats.answer(request, as_chat(body), form, check)
 
-    async def count(request: Request) -> Response:
-        body = await read_body(request, _COUNT)
-        return json_response(msgspec.json.encode({"input_tokens": await chats.prompt_tokens(as_chat(body))}))
+    async def count(_: Request, body: CountRequest) -> Response:
+        return json_response({"input_tokens": await chats.prompt_tokens(as_chat(body))})
 
-    answered = Operation("Answer a chat, as a message", MessagesRequest, streams=True)
-    counted = Operation("Count the tokens of a chat", CountRequest)
     return [
-        Route("/v1/messages", guarded(messages, answered, message_error_answer), methods=["POST"]),
-        Route("/v1/messages/count_tokens", guarded(count, counted, message_error_answer), methods=["POST"]),
+        api_route(MESSAGES_PATH, "Answer a chat, as a message", MessagesRequest, messages, streams=True),
+        api_route(f"{MESSAGES_PATH}/count_tokens", "Count the tokens of a chat", CountRequest, count),
     ]

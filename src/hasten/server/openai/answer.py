@@ -11,8 +11,9 @@ import msgspec
 from hasten.core.errors import HastenError, InvalidRequestError
 from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.engine.ticket import Progress, Ticket
+from hasten.server.errors import OpenAIErrors
 from hasten.server.openai.choices import ChatOutput, ChatPiece, Choice, CompletionChoice, chat_choice, chat_pieces
-from hasten.server.openai.errors import error_answer
+from hasten.server.openai.handling import error_object
 from hasten.server.openai.types import StreamOptions
 
 _encode = msgspec.json.Encoder().encode
@@ -159,7 +160,7 @@ class CompletionForm:
 
     def error(self, error: HastenError) -> bytes:
         """See AnswerForm."""
-        return b"data: " + error_answer(error)[1] + b"\n\n"
+        return b"data: " + _encode(OpenAIErrors(error_object(error)[1])) + b"\n\n"
 
     def _shown(self, piece: Choice) -> Iterable[CompletionChoice | ChatPiece]:
         if isinstance(piece, CompletionChoice):

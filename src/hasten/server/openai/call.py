@@ -21,7 +21,7 @@ from hasten.server.engine.queue import DEFAULT_QUEUEING, Queueing
 from hasten.server.engine.ticket import Progress
 from hasten.server.openai.answer import AnswerForm, Usage, check_completions
 from hasten.server.openai.choices import ChatChoices, Choice, Choices
-from hasten.server.openai.errors import checked_queueing, json_response
+from hasten.server.openai.handling import checked_queueing, json_response
 from hasten.server.openai.models import Found, ModelFinder
 from hasten.server.openai.params import chat_params, check_chat
 from hasten.server.openai.prompts import ChatPrompts
@@ -229,5 +229,5 @@ class ChatCalls:
 async def respond(request: Request, call: Call) -> Response:
     """Run a call for as long as its client is there."""
     if not call.request.stream:
-        return json_response(await unless_gone(request, call.answer()))
+        return json_response(await unless_gone(request.receive, call.answer()))
     return await EventStream.of(request, call.events())

@@ -114,13 +114,13 @@ class ChatPrompts:
         self, body: ChatRequest, client: EngineClient, *, add_special_tokens: bool = False
     ) -> tuple[list[int], AnswerReading | None]:
         """Token ids of a chat, and how its answer is read. The template writes special tokens itself."""
-        template, tokenizer, ends = await self._template(client), client.tokenizer, client.info.eos_token_ids
+        template, tokenizer = await self._template(client), client.tokenizer
         assert tokenizer is not None, "it has a template"
-        tools = ToolUse.of(body, template, tokenizer, ends, client.config.tool_call_parser)
+        tools = ToolUse.of(body, template, client.config.tool_call_parser)
         prompt = await _rendered(body, template, client, tools)
         reasoning = chat_reasoning(body, template, prompt, client.config.reasoning_parser)
         (tokens,) = await tokenized([prompt], client, "messages", add_special_tokens=add_special_tokens)
-        return tokens, reading_of(tokenizer, ends, tools, reasoning)
+        return tokens, reading_of(tokenizer, client.info.eos_token_ids, tools, reasoning)
 
     async def has_template(self, client: EngineClient) -> bool:
         """Whether an engine answers chats: one whose template is not valid has errors for them."""

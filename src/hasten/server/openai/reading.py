@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.core.errors import InvalidRequestError
-from hasten.engine.text import AddedToken, Tokenizer
+from hasten.engine.text import Tokenizer
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.tools import ToolUse
 from hasten.server.tools.forms import HARMONY_CALLS
-from hasten.server.tools.harmony import CHANNEL, HarmonyGrammar, HarmonyReader
+from hasten.server.tools.harmony import HarmonyGrammar, HarmonyReader
 from hasten.server.tools.reader import AnswerReader, Span, TextReader
 from hasten.server.tools.reasoning import HARMONY, ReasoningForm, ReasoningReader, Stage
-from hasten.server.tools.rules import answer_rules, mark_rule
+from hasten.server.tools.rules import Marks, answer_rules
 
 _POSITION = re.compile(r"(?<=: )at \d+\(\d+\): | \d+ \| .*")
 """Where in a grammar an error is."""
@@ -61,7 +61,7 @@ class AnswerReading:
     """What one answer may be, beside plain text."""
 
     tokenizer: Tokenizer
-    end_tokens: Sequence[int]
+    marks: Marks
     tools: ToolUse | None = None
     reasoning: Reasoning | None = None
 
@@ -77,15 +77,12 @@ class AnswerReading:
 
     def sampling(self, constraint: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling parameters, in place of what else constrains the answer."""
-        options: dict[str, Any] = dict(constraint) if self.tools is None else self.tools.sampling(constraint)
-        if self._has_special_marks:
-            options["skip_special_tokens"] = False
-        kept = {name: value for name, value in options.items() if name != "skip_special_tokens"}
+        kept = constraint if self.tools is None else self.tools.constraint(constraint, self.marks)
         if kept and self.reasoning is not None and not (self._in_channels and self.tools is not None):
-            form, stage = self.reasoning.form, self.reasoning.stage
-            grammar = after_reasoning(kept, form, stage, self.tokenizer.added_tokens, self.end_tokens)
-            options = {name: value for name, value in options.items() if name not in kept} | {"grammar": grammar}
-        return options
+            kept = {"grammar": after_reasoning(kept, self.reasoning.form, self.reasoning.stage, self.marks)}
+        forms = [each.form for each in (self.tools, self.reasoning) if each is not None]
+        is_shown = any(self.marks.any_special(*form.marks) for form in forms)
+        return {**kept, "skip_special_tokens": False} if is_shown else dict(kept)
 
     @contextmanager
     def naming_errors(self) -> Iterator[None]:
@@ -118,15 +115,6 @@ class AnswerReading:
         by_tools = self.tools is not None and self.tools.form is HARMONY_CALLS
         return by_tools or (self.reasoning is not None and self.reasoning.form is HARMONY)
 
-    @property
-    def _has_special_marks(self) -> bool:
-        tokens = self.tokenizer.added_tokens
-        if self.reasoning is None:
-            return False
-        form = self.reasoning.form
-        marks = (CHANNEL,) if form is HARMONY else (form.opening, form.closing)
-        return any(mark in tokens and tokens[mark].special for mark in marks)
-
 
 def reading_of(
     tokenizer: Tokenizer, end_tokens: Sequence[int], tools: ToolUse | None, reasoning: Reasoning | None
@@ -134,26 +122,19 @@ def reading_of(
     """How an answer is read; None where it is plain text."""
     if tools is None and reasoning is None:
         return None
-    return AnswerReading(tokenizer, end_tokens, tools, reasoning)
+    return AnswerReading(tokenizer, Marks(tokenizer.added_tokens, end_tokens), tools, reasoning)
 
 
-def after_reasoning(
-    constraint: Mapping[str, Any],
-    form: ReasoningForm,
-    stage: Stage,
-    tokens: Mapping[str, AddedToken],
-    end_tokens: Sequence[int],
-) -> str:
+def after_reasoning(constraint: Mapping[str, Any], form: ReasoningForm, stage: Stage, marks: Marks) -> str:
     """The grammar of reasoning and an answer that keeps to one constraint under SamplingParams' name."""
     ((kind, value),) = constraint.items()
     rules = answer_rules(kind, value)
     if form is HARMONY:
-        return HarmonyGrammar(tokens, end_tokens).answer(rules)
-    closing = mark_rule(form.closing, tokens)
-    if form.closing in tokens:
-        excluded = ",".join(map(str, sorted({tokens[form.closing].number, *end_tokens})))
-        reasoning = [f"reasoning: <[^{excluded}]>* {closing}"]
+        return HarmonyGrammar(marks).answer(rules)
+    closing = marks.rule(form.closing)
+    if form.closing in marks.tokens:
+        reasoning = f"reasoning: {marks.text_without(form.closing)} {closing}"
     else:
-        reasoning = [f"reasoning[lazy]: /(?s:.*)/ {closing}"]
-    begin = f"({mark_rule(form.opening, tokens)} reasoning GAP?)?" if stage is Stage.AHEAD else "reasoning GAP?"
-    return "\n".join([f"start: {begin} answer", rules, *reasoning, r"GAP: /[ \n]{1,4}/"])
+        reasoning = f"reasoning[lazy]: /(?s:.*)/ {closing}"
+    begin = f"({marks.rule(form.opening)} reasoning GAP?)?" if stage is Stage.AHEAD else "reasoning GAP?"
+    return "\n".join([f"start: {begin} answer", rules, reasoning, r"GAP: /[ \n]{1,4}/"])

@@ -20,7 +20,7 @@ from hasten.server.engine.client import EngineClient
 from hasten.server.openai.answer import CompletionForm
 from hasten.server.openai.call import Call, ChatCalls, respond
 from hasten.server.openai.choices import completion_choices
-from hasten.server.openai.errors import checked_queueing, guarded, json_response, read_body
+from hasten.server.openai.handling import api_route, checked_queueing, guarded, json_response
 from hasten.server.openai.models import ModelFinder
 from hasten.server.openai.params import OpenAIError, check_chat, completion_params
 from hasten.server.openai.prompts import ChatPrompts, encoded, tokenized
@@ -32,8 +32,6 @@ from hasten.server.tokenizing import check_prompt_logprobs, tokenizing
 
 if TYPE_CHECKING:
     from hasten.server.service import Service
-
-_encode = msgspec.json.Encoder().encode
 
 
 class TokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -60,13 +58,12 @@ class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     tokens: list[int]
 
 
-async def token_ids(body: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> bytes:
+async def token_ids(body: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> dict[str, Any]:
     """The answer to a TokenizeRequest: `count`, `max_model_len`, `tokens` and perhaps `token_strs`."""
     ids = await _ids(body, client, chats)
     with client.counting_refusals():
         texts = await tokenizing.run(partial(_tokenizer(client).tokens, ids)) if body.return_token_strs else None
-    answer = {"count": len(ids), "max_model_len": client.info.max_model_len, "tokens": ids, "token_strs": texts}
-    return _encode(answer)
+    return {"count": len(ids), "max_model_len": client.info.max_model_len, "tokens": ids, "token_strs": texts}
 
 
 async def _ids(body: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> list[int]:
@@ -88,14 +85,14 @@ async def _ids(body: TokenizeRequest, client: EngineClient, chats: ChatPrompts) 
     return (await chats.chat(chat, client, add_special_tokens=bool(given)))[0]
 
 
-async def text_of(body: DetokenizeRequest, client: EngineClient) -> bytes:
+async def text_of(body: DetokenizeRequest, client: EngineClient) -> dict[str, Any]:
     """The answer to a DetokenizeRequest: the text of its tokens, special ones included, as `prompt`."""
     try:
         with client.counting_refusals():
             text = await tokenizing.decode(_tokenizer(client), body.tokens, client.info.vocab_size)
     except InvalidRequestError as error:
         raise OpenAIError(str(error), param="tokens") from None
-    return _encode({"prompt": text})
+    return {"prompt": text}
 
 
 def _tokenizer(client: EngineClient) -> Tokenizer:
@@ -105,8 +102,6 @@ def _tokenizer(client: EngineClient) -> Tokenizer:
 
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-_COMPLETION, _CHAT = msgspec.json.Decoder(CompletionRequest), msgspec.json.Decoder(ChatRequest)
-_TOKENIZE, _DETOKENIZE = msgspec.json.Decoder(TokenizeRequest), msgspec.json.Decoder(DetokenizeRequest)
 
 
 def openai_routes(service: "Service", prompts: ChatPrompts, *, with_metrics: bool = False) -> list[Route]:
@@ -116,16 +111,14 @@ def openai_routes(service: "Service", prompts: ChatPrompts, *, with_metrics: boo
     """
     models = ModelFinder(service)
     chats = ChatCalls(models, prompts)
-    completions = Operation("Complete prompts", CompletionRequest, streams=True)
-    chat = Operation("Answer a chat", ChatRequest, streams=True)
     api = _Api(models, prompts, chats, with_metrics=with_metrics)
     return [
         Route("/v1/models", guarded(api.models, Operation("The models")), methods=["GET"]),
         Route("/v1/models/{model:path}", guarded(api.model, Operation("One model")), methods=["GET"]),
-        Route("/v1/completions", guarded(api.completions, completions), methods=["POST"]),
-        Route("/v1/chat/completions", guarded(api.chat, chat), methods=["POST"]),
-        Route("/tokenize", guarded(api.tokenize, Operation("Texts as tokens", TokenizeRequest)), methods=["POST"]),
-        Route("/detokenize", guarded(api.detokenize, Operation("Tokens as text", DetokenizeRequest)), methods=["POST"]),
+        api_route("/v1/completions", "Complete prompts", CompletionRequest, api.completions, streams=True),
+        api_route("/v1/chat/completions", "Answer a chat", ChatRequest, api.chat, streams=True),
+        api_route("/tokenize", "Texts as tokens", TokenizeRequest, api.tokenize),
+        api_route("/detokenize", "Tokens as text", DetokenizeRequest, api.detokenize),
         responses_route(chats, with_metrics=with_metrics),
         *message_routes(chats),
         *pooling_routes(models),
@@ -147,10 +140,10 @@ class _Api:
 
     async def models(self, request: Request) -> Response:
         entries = [self._entry(name) for name in self._models.names()]
-        return json_response(_encode({"object": "list", "data": entries}))
+        return json_response({"object": "list", "data": entries})
 
     async def model(self, request: Request) -> Response:
-        return json_response(_encode(self._entry(request.path_params["model"])))
+        return json_response(self._entry(request.path_params["model"]))
 
     def _entry(self, name: str) -> dict[str, Any]:
         info = self._models.find(name).client.info
@@ -160,16 +153,13 @@ class _Api:
             return entry
         return entry | {"tasks": pooling.tasks, "width": pooling.width, "labels": pooling.labels or None}
 
-    async def tokenize(self, request: Request) -> Response:
-        body = await read_body(request, _TOKENIZE)
+    async def tokenize(self, _: Request, body: TokenizeRequest) -> Response:
         return json_response(await token_ids(body, self._models.find_any(body.model).client, self._prompts))
 
-    async def detokenize(self, request: Request) -> Response:
-        body = await read_body(request, _DETOKENIZE)
+    async def detokenize(self, _: Request, body: DetokenizeRequest) -> Response:
         return json_response(await text_of(body, self._models.find_any(body.model).client))
 
-    async def completions(self, request: Request) -> Response:
-        body = await read_body(request, _COMPLETION)
+    async def completions(self, request: Request, body: CompletionRequest) -> Response:
         found = self._models.find_generator(body.model)
         client = found.client
         prompts = body.prompts()
@@ -182,8 +172,7 @@ class _Api:
         call = Call(body, found, tokens, params, choices, form, queueing, body.shows_prompts_only)
         return await respond(request, call)
 
-    async def chat(self, request: Request) -> Response:
-        body = await read_body(request, _CHAT)
+    async def chat(self, request: Request, body: ChatRequest) -> Response:
         return await self._chats.answer(request, body, partial(self._form, "chat.completion", body))
 
     def _form(self, call: str, body: GenerationRequest, params: SamplingParams) -> CompletionForm:

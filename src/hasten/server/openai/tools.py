@@ -11,13 +11,13 @@ from typing import Any
 import msgspec
 
 from hasten.engine.chat import ChatTemplate
-from hasten.engine.text import Tokenizer
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.types import ChatRequest, Function, NamedToolChoice
 from hasten.server.tools.forms import HARMONY_CALLS, ToolForm, form_of
-from hasten.server.tools.grammar import NO_PARAMETERS, GrammarFunction, ToolGrammar
+from hasten.server.tools.grammar import NO_PARAMETERS, ToolGrammar
 from hasten.server.tools.parser import ToolParser
 from hasten.server.tools.reader import AnswerReader
+from hasten.server.tools.rules import Marks
 from hasten.server.tools.xml_parser import XmlToolParser
 
 _MAX_TOOLS = 128
@@ -66,13 +66,9 @@ class ToolUse:
     choice: str | NamedToolChoice
     several: bool
     """Whether the answer may have several calls."""
-    tokenizer: Tokenizer
-    end_tokens: Sequence[int]
 
     @classmethod
-    def of(
-        cls, request: ChatRequest, template: ChatTemplate, tokenizer: Tokenizer, end_tokens: Sequence[int], parser: str
-    ) -> "ToolUse | None":
+    def of(cls, request: ChatRequest, template: ChatTemplate, parser: str) -> "ToolUse | None":
         """OpenAIError where the tools are not valid; None where nothing is to be called.
 
         `parser` is the option `tool_call_parser`.
@@ -83,7 +79,7 @@ class ToolUse:
         functions = [tool.function for tool in request.tools]
         several = request.parallel_tool_calls is not False
         choice = request.tool_choice or "auto"
-        return cls(form_of(template, parser), functions, choice, several, tokenizer, end_tokens)
+        return cls(form_of(template, parser), functions, choice, several)
 
     @cached_property
     def descriptions(self) -> list[dict[str, Any]]:
@@ -97,18 +93,17 @@ class ToolUse:
         ]
         return [{"type": "function", "function": msgspec.to_builtins(function)} for function in shown]
 
-    def sampling(self, constraint: Mapping[str, Any]) -> dict[str, Any]:
-        """Sampling parameters, in place of what else constrains the answer."""
-        if kind := next((kind for kind in constraint if kind != "json_schema"), None):
+    def constraint(self, given: Mapping[str, Any], marks: Marks) -> Mapping[str, Any]:
+        """What the answer keeps to, by SamplingParams' name, in place of what is given beside the tools."""
+        if kind := next((kind for kind in given if kind != "json_schema"), None):
             raise OpenAIError(f"{kind} cannot go with tools; use response_format, or tool_choice 'none'", param="tools")
-        options: dict[str, Any] = {"skip_special_tokens": False} if self._has_special_marks else {}
-        grammar = self._grammar(constraint.get("json_schema"))
+        grammar = self._grammar(given.get("json_schema"), marks)
         if grammar is None:
-            return options
+            return {}
         if len(grammar) > _MAX_GRAMMAR:
             message = f"the schemas of tools have {len(grammar)} characters, the limit is {_MAX_GRAMMAR}"
             raise OpenAIError(message, param="tools")
-        return options | {"grammar": grammar}
+        return {"grammar": grammar}
 
     @property
     def max_calls(self) -> int | None:
@@ -128,31 +123,22 @@ class ToolUse:
             return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(self.form.id_length))
         return f"call_{secrets.token_hex(12)}"
 
-    @property
-    def _has_special_marks(self) -> bool:
-        tokens, form = self.tokenizer.added_tokens, self.form
-        marks = [tokens[mark] for mark in (form.opening, form.closing, form.between) if mark in tokens]
-        return any(token.special for token in marks)
-
-    def _grammar(self, schema: str | None) -> str | None:
+    def _grammar(self, schema: str | None, marks: Marks) -> str | None:
+        known = [function.name for function in self.functions]
         if isinstance(self.choice, NamedToolChoice):
-            name = self.choice.function.name
-            chosen = [function for function in self.functions if function.name == name]
-            return self._tool_grammar(chosen, several=False, checked=True).calls()
-        if self.choice == "required":
-            return self._tool_grammar(self.functions, several=self.several, checked=True).calls()
-        grammar = self._tool_grammar(self.functions, several=self.several, checked=False)
+            known = [self.choice.function.name]
+        is_required = isinstance(self.choice, NamedToolChoice) or self.choice == "required"
+        schemas = {  # of calls that must be written, even where a function is not strict
+            each.name: each.parameters if is_required or each.strict else _ANY_OBJECT
+            for each in self.functions
+            if each.name in known
+        }
+        grammar = ToolGrammar(self.form, schemas, marks, several=self.max_calls is None)
+        if is_required:
+            return grammar.calls()
         if schema is not None:
             return grammar.calls_or_json(schema)
         may_have_several = self.several or self.form is HARMONY_CALLS  # of which an answer has one call anyway
         if may_have_several and not any(function.strict for function in self.functions):
             return None
         return grammar.calls_or_text()
-
-    def _tool_grammar(self, functions: Sequence[Function], *, several: bool, checked: bool) -> ToolGrammar:
-        """`checked`: arguments keep to their schemas even where a function is not strict."""
-        known = [
-            GrammarFunction(function.name, function.parameters if checked or function.strict else _ANY_OBJECT)
-            for function in functions
-        ]
-        return ToolGrammar(self.form, known, self.tokenizer.added_tokens, self.end_tokens, several=several)

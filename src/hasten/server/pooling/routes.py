@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,10 +22,9 @@ from hasten.engine.text import Tokenizer
 from hasten.engine.texts import instruction
 from hasten.server.by_size import by_size
 from hasten.server.openai.answer import Usage
-from hasten.server.openai.errors import checked_queueing, guarded, json_response, read_body
+from hasten.server.openai.handling import api_route, checked_queueing, json_response
 from hasten.server.openai.models import ModelFinder
-from hasten.server.openai.params import Decoded, OpenAIError
-from hasten.server.openapi.operation import Operation
+from hasten.server.openai.params import OpenAIError
 from hasten.server.pooling.call import Numbers, PoolingCall, Result
 from hasten.server.pooling.types import (
     ClassifyRequest,
@@ -107,43 +106,35 @@ def ranking(
     )
 
 
-_EMBED, _POOL = msgspec.json.Decoder(EmbeddingRequest), msgspec.json.Decoder(PoolingRequest)
-_CLASSIFY, _SCORE = msgspec.json.Decoder(ClassifyRequest), msgspec.json.Decoder(ScoreRequest)
-_RERANK = msgspec.json.Decoder(RerankRequest)
+_POOL = "Vectors or scores of texts, or of each of their tokens, or words for their masks"
 _RANK = "Documents by how well they answer a query"
 _NUMBER_BYTES = 20
 """Of JSON."""
 
-Answer = Callable[[Decoded, str, PoolingCall], Coroutine[Any, Any, bytes]]
+Texts = TypeVar("Texts", bound=TextsRequest)
+Answer = Callable[[Texts, str, PoolingCall], Coroutine[Any, Any, bytes]]
 
 
 def pooling_routes(models: ModelFinder) -> list[Route]:
     """The routes, all of them POST."""
 
-    def route(path: str, summary: str, decoder: msgspec.json.Decoder[Decoded], answer: Answer[Decoded]) -> Route:
-        async def handler(request: Request) -> Response:
-            body = await read_body(request, decoder)
-            assert isinstance(body, TextsRequest), "all of these are"
+    def route(path: str, summary: str, kind: type[Texts], answer: Answer[Texts]) -> Route:
+        async def handler(request: Request, body: Texts) -> Response:
             found = models.find_pooler(body.model)
             queueing = checked_queueing(request, found.client, body.priority)
             call = PoolingCall(found.client, queueing, tally=found.tally)
-            return json_response(await unless_gone(request, answer(body, found.name, call)))
+            return json_response(await unless_gone(request.receive, answer(body, found.name, call)))
 
-        return Route(path, guarded(handler, Operation(summary, decoder.type)), methods=["POST"])
+        return api_route(path, summary, kind, handler)
 
+    ranked, unshown = partial(_rerank, with_documents=True), partial(_rerank, with_documents=False)
     return [
-        route("/v1/embeddings", "Vectors of texts", _EMBED, _embeddings),
-        route(
-            "/pooling",
-            "Vectors or scores of texts, or of each of their tokens, or words for their masks",
-            _POOL,
-            _pooling,
-        ),
-        route("/classify", "Classes of texts", _CLASSIFY, _classify),
-        *(route(path, "Scores of pairs of texts", _SCORE, _score) for path in ("/score", "/v1/score")),
-        # Cohere's second version has no documents in its answers
-        *(route(path, _RANK, _RERANK, partial(_rerank, with_documents=True)) for path in ("/rerank", "/v1/rerank")),
-        route("/v2/rerank", _RANK, _RERANK, partial(_rerank, with_documents=False)),
+        route("/v1/embeddings", "Vectors of texts", EmbeddingRequest, _embeddings),
+        route("/pooling", _POOL, PoolingRequest, _pooling),
+        route("/classify", "Classes of texts", ClassifyRequest, _classify),
+        *(route(path, "Scores of pairs of texts", ScoreRequest, _score) for path in ("/score", "/v1/score")),
+        *(route(path, _RANK, RerankRequest, ranked) for path in ("/rerank", "/v1/rerank")),
+        route("/v2/rerank", _RANK, RerankRequest, unshown),  # Cohere's second version has no documents in its answers
     ]
 
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -16,10 +15,9 @@ from hasten.server.openai.answer import Usage
 from hasten.server.openai.blocks import Block, BlockForm, Event
 from hasten.server.openai.call import ChatCalls
 from hasten.server.openai.choices import ChatOutput, ChatToken
-from hasten.server.openai.errors import error_answer, guarded, read_body
+from hasten.server.openai.handling import api_route, error_object
 from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.reading import AnswerReading
-from hasten.server.openapi.operation import Operation
 from hasten.server.responses.chat import LOGPROBS, ResponsesRequest, as_chat
 from hasten.server.tools.reader import CallPiece, Piece, ReasoningPiece, TextPiece
 
@@ -47,9 +45,8 @@ class ResponseForm(BlockForm):
 
     def error(self, error: HastenError) -> bytes:
         """See AnswerForm."""
-        said = msgspec.json.decode(error_answer(error)[1])["error"]
-        fields = {name: said[name] for name in ("code", "message", "param")}
-        return self._written([{"type": "error", **fields}])
+        said = error_object(error)[1]
+        return self._written([{"type": "error", "code": said.code, "message": said.message, "param": said.param}])
 
     def _answer(self, usage: Usage) -> dict[str, Any]:
         return self._response(self._status, usage)
@@ -159,15 +156,10 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-_RESPONSES = msgspec.json.Decoder(ResponsesRequest)
-
-
 def responses_route(chats: ChatCalls, *, with_metrics: bool) -> Route:
     """POST /v1/responses. `with_metrics`: answers have the times of their requests."""
 
-    async def responses(request: Request) -> Response:
-        body = await read_body(request, _RESPONSES)
-
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
         def form(params: SamplingParams) -> ResponseForm:
             return ResponseForm(body, params if with_metrics else None)
 
@@ -178,5 +170,4 @@ def responses_route(chats: ChatCalls, *, with_metrics: bool) -> Route:
 
         return await chats.answer(request, as_chat(body), form, check)
 
-    operation = Operation("Answer a chat, as a response", ResponsesRequest, streams=True)
-    return Route("/v1/responses", guarded(responses, operation), methods=["POST"])
+    return api_route("/v1/responses", "Answer a chat, as a response", ResponsesRequest, responses, streams=True)

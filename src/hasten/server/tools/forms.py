@@ -32,6 +32,11 @@ class ToolForm:
     id_length: int | None = None
     """Letters and digits that a call's id must have for the chat template."""
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All marks, which an answer's text has to have for its reader."""
+        return self.opening, self.closing, self.between
+
 
 HERMES = ToolForm("hermes", "<tool_call>", "</tool_call>")
 LLAMA = ToolForm("llama3_json", "<|python_tag|>", arguments_key="parameters", begins_bare=True, is_single=True)

@@ -2,11 +2,9 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
-from hasten.engine.text import AddedToken
 from hasten.server.tools.reader import MAX_SPACE, AnswerReader, Reading, ReasoningPiece, Span, TextPiece
-from hasten.server.tools.rules import mark_rule
+from hasten.server.tools.rules import Marks
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 END, RETURN, CALL = "<|end|>", "<|return|>", "<|call|>"
@@ -86,54 +84,42 @@ class HarmonyReader(AnswerReader):
 
 
 class HarmonyGrammar:
-    """Rules of answers in channels, in llguidance's Lark syntax; `tokens` are the tokenizer's added ones."""
+    """Rules of answers in channels, in llguidance's Lark syntax."""
 
-    def __init__(self, tokens: Mapping[str, AddedToken], end_tokens: Sequence[int]) -> None:
-        self._tokens = tokens
-        self._end_tokens = end_tokens
-        self._mark = partial(mark_rule, tokens=tokens)
+    def __init__(self, marks: Marks) -> None:
+        self._marks = marks
+        self._channel, self._message = marks.rule(CHANNEL), marks.rule(MESSAGE)
+        self._has_tokens = all(each in marks.tokens for each in (CHANNEL, MESSAGE, END))
+        self.text = f"answer: {marks.text_without(*_ALL)}" if self._has_tokens else "answer: /(?s:.*)/"
+        """The rule of a final message that is any text."""
 
     def answer(self, rules: str) -> str:
         """Reasoning, if any, and a final message by the rule `answer` of some rules."""
-        return "\n".join([f"start: hidden* {self._final('answer')}", rules, *self._hidden()])
+        return "\n".join([f"start: hidden* {self._final}", rules, *self._hidden()])
 
-    def calls(self, calls: Sequence[tuple[str, str]], arguments: Sequence[str], answer: str | None = None) -> str:
-        """Reasoning, if any, and a call: names, and the rules of their arguments, which `arguments` are.
+    def calls(self, arguments: Mapping[str, str], answer: str | None = None) -> str:
+        """Reasoning, if any, and a call of a function, each by its name with the rule of its arguments.
 
         `answer`: the rules of a final message that may come in place of a call.
         """
-        names = " | ".join(f"call{number}" for number in range(len(calls)))
-        final = "" if answer is None else f" | {self._final('answer')}"
+        names = " | ".join(f"call{number}" for number in range(len(arguments)))
+        final = "" if answer is None else f" | {self._final}"
+        rules = [f"start: hidden* (call{final})", f"call: {names}", *([answer] if answer else ())]
+        for number, (name, rule) in enumerate(arguments.items()):
+            to = f'"commentary to={_NAMESPACE}{name} " {self._marks.rule(CONSTRAIN)} "json"'
+            rules.append(f"call{number}: {self._channel} {to} {self._message} arguments{number}")
+            rules.append(f"arguments{number}: {rule}")
         channels = '("analysis" | "commentary")' if answer == self.text else '"analysis"'
-        rules = [f"start: hidden* (call{final})", f"call: {names}", *arguments, *([answer] if answer else ())]
-        for number, (name, rule) in enumerate(calls):
-            to = f'"commentary to={_NAMESPACE}{name} "'
-            head = f'{self._mark(CHANNEL)} {to} {self._mark(CONSTRAIN)} "json" {self._mark(MESSAGE)}'
-            rules.append(f"call{number}: {head} {rule}")
         return "\n".join([*rules, *self._hidden(channels)])
 
     @property
-    def text(self) -> str:
-        """The rule of a final message that is any text."""
-        return f"answer: {self._any}" if self._has_tokens else "answer: /(?s:.*)/"
-
-    def _final(self, body: str) -> str:
-        return f'{self._mark(CHANNEL)} "final" {self._mark(MESSAGE)} {body}'
+    def _final(self) -> str:
+        return f'{self._channel} "final" {self._message} answer'
 
     def _hidden(self, channels: str = '"analysis"') -> list[str]:
         """The rules of a message before the last: of those in `commentary` the answer's text has what they say."""
-        begin = f"{self._mark(CHANNEL)} {channels} {self._mark(MESSAGE)}"
-        end = f'{self._mark(START)} "assistant"'
+        begin, end = f"{self._channel} {channels} {self._message}", f'{self._marks.rule(START)} "assistant"'
+        closing = self._marks.rule(END)
         if self._has_tokens:
-            return [f"hidden: {begin} {self._any} {self._mark(END)} {end}"]
-        return [f"hidden: {begin} hidden_text {end}", f"hidden_text[lazy]: /(?s:.*)/ {self._mark(END)}"]
-
-    @property
-    def _has_tokens(self) -> bool:
-        return all(mark in self._tokens for mark in (CHANNEL, MESSAGE, END))
-
-    @property
-    def _any(self) -> str:
-        """Any text without marks."""
-        marks = {self._tokens[mark].number for mark in _ALL if mark in self._tokens}
-        return f"<[^{','.join(map(str, sorted(marks | set(self._end_tokens))))}]>*"
+            return [f"hidden: {begin} {self._marks.text_without(*_ALL)} {closing} {end}"]
+        return [f"hidden: {begin} hidden_text {end}", f"hidden_text[lazy]: /(?s:.*)/ {closing}"]

@@ -38,6 +38,11 @@ class ReasoningForm:
     begins_inside: bool = False
     """Whether an answer begins with reasoning where its prompt says nothing of it."""
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Marks that an answer's text has to have for its reader."""
+        return self.opening, self.closing
+
     def stage(self, prompt: str, continued: str | None = None) -> Stage | None:
         """Where the reasoning is at the end of a prompt; None: over.
 

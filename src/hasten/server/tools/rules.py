@@ -5,7 +5,8 @@ its schema.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hasten.core.errors import InvalidRequestError
@@ -15,10 +16,26 @@ _WHITESPACE = {"whitespace_pattern": " "}
 """At most this between JSON's marks, as for all schemas."""
 
 
-def mark_rule(text: str, tokens: Mapping[str, AddedToken]) -> str:
-    """A mark as its token, or as its text where it is none."""
-    token = tokens.get(text)
-    return json.dumps(text) if token is None else f"<[{token.number}]>"
+@dataclass(frozen=True)
+class Marks:
+    """The marks of a model's answers: those in `tokens`, which were added to its tokenizer's, and others as texts."""
+
+    tokens: Mapping[str, AddedToken]
+    end_tokens: Sequence[int]
+    """Each of which ends an answer."""
+
+    def rule(self, mark: str) -> str:
+        """The rule of a mark."""
+        return f"<[{self.tokens[mark].number}]>" if mark in self.tokens else json.dumps(mark)
+
+    def text_without(self, *marks: str) -> str:
+        """The rule of any text in which those of some marks that are tokens do not occur."""
+        numbers = {self.tokens[mark].number for mark in marks if mark in self.tokens}
+        return f"<[^{','.join(map(str, sorted(numbers.union(self.end_tokens))))}]>*"
+
+    def any_special(self, *marks: str) -> bool:
+        """Whether one of some marks is a token that texts are mostly shown without."""
+        return any(mark in self.tokens and self.tokens[mark].special for mark in marks)
 
 
 def json_rule(schema: str) -> str:
