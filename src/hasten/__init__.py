@@ -1,4 +1,4 @@
-"""hasten takes a Hugging Face checkpoint to a measured, faster language model."""
+"""hasten: an inference engine and server for transformer language models."""
 
 import gc
 from importlib import import_module

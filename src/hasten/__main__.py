@@ -1,4 +1,4 @@
-"""The process `hasten`, which `python -m hasten` is, too."""
+"""Entry point of `hasten` and of `python -m hasten`."""
 
 import gc
 import sys

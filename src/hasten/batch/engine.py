@@ -1,4 +1,4 @@
-"""What computes a batch: `LLM`, or whatever offers the same few calls."""
+"""The interface of a batch's engine: `LLM`, or anything with the same few calls."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

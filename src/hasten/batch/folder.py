@@ -1,4 +1,4 @@
-"""The output folder of a batch: whose it is, what of it is done, and who writes to it."""
+"""The output folder of a batch: its identity, its finished rows, and the lock of the process that writes to it."""
 
 import fcntl
 import json

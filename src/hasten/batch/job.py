@@ -1,4 +1,4 @@
-"""A batch: every row of a file computed once, however often the process that does it is killed."""
+"""A batch: every row of a file is computed once, however often the process is killed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whom a report compares hasten with, by name; and vLLM in this process."""
+"""The engines that a report compares hasten with, by name; and vLLM in this process."""
 
 import gc
 from collections.abc import Sequence

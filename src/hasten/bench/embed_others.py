@@ -1,4 +1,4 @@
-"""What vectors are compared with: transformers, sentence-transformers and vLLM, as their users get the most of them.
+"""Other engines for vectors: transformers, sentence-transformers and vLLM, each used as its users would for speed.
 
 The first two get texts sorted by length, in padded batches: the longest first, as sentence-transformers does itself.
 vLLM gets all texts at once, as hasten does.

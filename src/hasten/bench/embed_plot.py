@@ -1,4 +1,4 @@
-"""Pictures of how fast engines embed texts: a bar for each."""
+"""Plots of embedding speed, with a bar for each engine."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What a model makes of texts: its perplexity, and how many last words it has right; and the texts themselves."""
+"""Perplexity and accuracy on last words of a model, and the texts that they are measured on."""
 
 import math
 from collections.abc import Sequence

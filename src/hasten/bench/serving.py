@@ -1,4 +1,4 @@
-"""What serving costs: requests over gRPC, beside the same requests to an engine in this process.
+"""Overhead of serving: requests over gRPC compared with the same requests to an engine in this process.
 
 Server and engine take turns, after one untimed round each, and must give the same tokens.
 """

@@ -1,4 +1,4 @@
-"""The workloads that peers are measured with, one after the other on one engine.
+"""The standard workloads of other engines' benchmarks, one after the other on one engine.
 
 Lengths, seeds, their order and the names of the figures are those of the peers' benchmark, so that results lie side by
 side. Prompts are random token ids; each measurement is one generate call whose requests all arrive at once:

@@ -1,4 +1,4 @@
-"""A served model with more and more requests in flight: what it gives all users, and what each of them."""
+"""A served model with increasing numbers of requests in flight: throughput of all users, and of each."""
 
 import tempfile
 import time

@@ -1,4 +1,4 @@
-"""What the benchmarks ask of an engine: prompt and output lengths drawn from fixed seeds, prompts of random token ids.
+"""Workloads of the benchmarks: prompt and output lengths drawn from fixed seeds, prompts of random token ids.
 
 Lengths and seeds are those that peers are measured with, so that figures can be put side by side.
 """

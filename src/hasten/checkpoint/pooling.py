@@ -1,4 +1,4 @@
-"""How hidden states become vectors: what sentence-transformers writes next to a model, and what else is assumed."""
+"""Poolings of a checkpoint, from the files that sentence-transformers writes next to a model, or their defaults."""
 
 import logging
 from collections.abc import Iterator

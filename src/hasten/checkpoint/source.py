@@ -1,4 +1,4 @@
-"""What every reader of a checkpoint offers, and random weights behind the same class."""
+"""The interface of checkpoint readers, and random weights behind the same interface."""
 
 import dataclasses
 import logging

@@ -1,4 +1,4 @@
-"""What a command that starts an engine begins before it imports torch, which takes seconds."""
+"""Work that a command with an engine begins before it imports torch, whose import takes seconds."""
 
 import os
 from collections.abc import Mapping

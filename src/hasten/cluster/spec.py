@@ -1,4 +1,4 @@
-"""What a user asks of a cluster, in Arena's words: a training job, a server, a volume. Checked once, at their making.
+"""Specs of training jobs, servers and volumes, with Arena's names. They are validated when they are constructed.
 
 Fields with a help text are the options of `hasten cluster submit`, `serve` and `data create`. None means that the user
 did not say; what holds then is the backend's own business, and the help text tells it. A backend that cannot do what a

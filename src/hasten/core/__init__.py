@@ -1,1 +1,1 @@
-"""The words that every other room uses; imports neither torch nor a server."""
+"""Types that all other packages share; imports neither torch nor a server."""

@@ -1,4 +1,4 @@
-"""Packages that only a part of hasten needs: the extras of pyproject.toml, as the commands that need them see them."""
+"""Optional dependencies: the extras of pyproject.toml, and the error of a command that lacks one."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec

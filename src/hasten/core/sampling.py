@@ -1,4 +1,4 @@
-"""How the tokens of a request are chosen: one table of parameters, and what each entrance calls them.
+"""Sampling parameters: one table with their rules, and their names in each API.
 
 A field of SamplingParams carries all that is to be known of it: its help text, the values that it takes, what it cannot
 be combined with, and its names. The command line, OpenAI's API, Triton's models and batches derive theirs.

@@ -1,4 +1,4 @@
-"""What is known of a sampling parameter besides its type, its default and its help text."""
+"""Rules of a sampling parameter besides its type, its default and its help text."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What an output keeps to, under vLLM's names."""
+"""Constraints of an output (JSON schema, regex, grammar, choice), under vLLM's names."""
 
 import json
 from collections.abc import Mapping, Sequence

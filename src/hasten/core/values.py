@@ -1,4 +1,4 @@
-"""The types of a request's parameters: what their values must be, and how they are kept."""
+"""Types of a request's parameters: validation, and the form in which values are stored."""
 
 import difflib
 import functools

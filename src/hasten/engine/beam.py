@@ -1,4 +1,4 @@
-"""Beam search: what the host keeps of it, and when it ends. Never imports torch.
+"""Beam search: its state on the host, and when it ends. Never imports torch.
 
 A request has `beam_width` sequences, its beams, which have numbers. Which continuations of all beams together are the
 best, and which beam each of them becomes, is chosen where the candidates are (`ops.choose_beams`). The host hears of it

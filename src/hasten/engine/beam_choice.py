@@ -1,4 +1,4 @@
-"""How the beam searches of a batch go on: chosen on the device, from what it keeps of them.
+"""The next beams of a batch's searches: chosen on the device, from state that is kept there.
 
 So a search needs nothing from the host between two steps, and is launched before the previous step's choice is known.
 """

@@ -1,4 +1,4 @@
-"""Work of a start that no first token needs, left for when there is time: in pieces, each short.
+"""Work of a start that the first token does not need: done later, in short pieces.
 
 Every rank has the same pieces under the same numbers, and rank 0 says which is done when, between two steps.
 """

@@ -1,4 +1,4 @@
-"""Steps on their way, as rank 0 sees them."""
+"""Steps in flight, as rank 0 tracks them."""
 
 import time
 from collections.abc import Callable

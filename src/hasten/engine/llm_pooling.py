@@ -1,4 +1,4 @@
-"""What `LLM` makes of texts other than more text: vectors, scores of labels and of pairs, under vLLM's names."""
+"""Methods of `LLM` for vectors, scores of labels and of pairs, and masks, under vLLM's names."""
 
 import gc
 from abc import ABC, abstractmethod

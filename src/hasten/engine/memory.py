@@ -1,4 +1,4 @@
-"""How much memory the cache may take, and what a device that has run out of it is reported as."""
+"""How much memory the cache may take, and the errors of a device that has run out of memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

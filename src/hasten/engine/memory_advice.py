@@ -1,4 +1,4 @@
-"""What is said where a device has too little memory."""
+"""The advice in the error of a device with too little memory: options that would fit."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Where distributions are inverted: numbers that depend on nothing but a request's seed and a token's position."""
+"""Uniform random numbers for sampling, which depend only on a request's seed and a token's position."""
 
 import numpy as np
 from numpy.typing import NDArray

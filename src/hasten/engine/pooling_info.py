@@ -1,4 +1,4 @@
-"""What a model makes of texts, as requests are checked against it. Imports no torch, so that servers can."""
+"""The pooling tasks of a model, against which requests are checked. Imports no torch, so that servers can use it."""
 
 from dataclasses import dataclass
 

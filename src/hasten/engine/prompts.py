@@ -1,4 +1,4 @@
-"""What callers of `LLM` give: prompts in all their forms, and sampling parameters for each."""
+"""Prompts in all forms that callers of `LLM` give, and sampling parameters for each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Requests under way on rank 0: whose sequences are whose, and what becomes of the tokens that were chosen for them."""
+"""Requests in flight on rank 0: their sequences, and the outputs that chosen tokens become."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What an engine says of itself. Imports no torch, so that other processes can name it."""
+"""Statistics of an engine. Imports no torch, so that other processes can use it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

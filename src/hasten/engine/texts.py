@@ -1,4 +1,4 @@
-"""What callers of `LLM` give to have vectors or scores made of it: texts, token ids and pairs, with their prompts."""
+"""Texts, token ids and pairs that callers of `LLM` give for vectors or scores, with their prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Requests of all kinds that kernels are compiled for, beyond those that an engine's start compiles."""
+"""Requests of all kinds for `hasten warm`: they compile the kernels that an engine's start does not."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What every model offers to the rooms to its left."""
+"""The interface of models."""
 
 from abc import abstractmethod
 from collections.abc import Mapping

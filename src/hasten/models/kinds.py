@@ -1,4 +1,4 @@
-"""Which layers of a model are alike, so that what they are needed for can be done once for each kind."""
+"""Groups the layers of a model by kind, so that start-up work is done once for each kind."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

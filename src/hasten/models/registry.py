@@ -1,4 +1,4 @@
-"""Architectures by their Hugging Face name; a model's module is imported when it is asked for."""
+"""Architectures by their Hugging Face name; a model's module is imported when it is first needed."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How each row of a batch is drawn from its distribution."""
+"""Parameters of the random draws of a batch: temperature, filters and points of each row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What changes the logits of a batch before its tokens are chosen, and the token counts that penalties read.
+"""Edits of a batch's logits before tokens are chosen, and the token counts that penalties read.
 
 Shapes: s slots, w entries of a slot, k edited rows, b biases, n bans.
 """

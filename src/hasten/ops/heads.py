@@ -1,4 +1,4 @@
-"""What happens to queries and keys between their projection and the cache."""
+"""Parameters of norms and rotations of queries and keys, between their projection and the cache."""
 
 from dataclasses import dataclass
 

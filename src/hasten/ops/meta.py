@@ -1,4 +1,4 @@
-"""What attention needs to know of a flat batch."""
+"""Metadata of a flat batch for attention."""
 
 from dataclasses import dataclass, field
 from typing import Any

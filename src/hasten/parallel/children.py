@@ -1,4 +1,4 @@
-"""Ranks that this process starts as children of its own."""
+"""Ranks that this process starts as child processes."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Connections of hasten's own between rank 0 and every other rank: one for the steps' work, one that says who is alive.
+"""Control connections between rank 0 and every other rank: one for the steps' work, one for liveness.
 
 Collectives are for tensors. A connection of our own is broken the moment that its process ends, and within seconds when
 its host does, whatever either side is doing.

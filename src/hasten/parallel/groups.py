@@ -1,4 +1,4 @@
-"""Groups of ranks, and what the ranks of one do together: identities where there is one rank alone.
+"""Groups of ranks and their collectives, which are identities in a group of one.
 
 No group is a global: whoever builds layers says which ones they belong to.
 """

@@ -1,4 +1,4 @@
-"""How ranks come to be: started by this process, or by torchrun, mpirun or a cluster's operator; and how they end.
+"""Start and end of ranks, whether this process, torchrun, mpirun or a cluster's operator starts them.
 
 Whoever starts them, every rank runs the same program, and rank 0 is the one that the user talks to. The death of a rank
 ends the others: the collective that waits for it fails, and rank 0 says who it was.

@@ -1,4 +1,4 @@
-"""The end of a rank before its time: how it is described, and how it ends whatever waits for that rank."""
+"""The death of a rank: its description, and how it ends everything that waits for that rank."""
 
 import json
 import os

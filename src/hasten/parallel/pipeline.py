@@ -1,4 +1,4 @@
-"""What travels between the stages of a pipeline: hidden states forwards, and chosen tokens back to the first stage.
+"""Messages between the stages of a pipeline: hidden states forwards, and chosen tokens back to the first stage.
 
 So each rank has one connection that brings messages and one that takes them, and the stages form a ring. Both go from
 rank to rank, on GPUs from device to device. Each connection has a group of its own, since what is sent and received

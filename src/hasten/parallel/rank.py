@@ -1,4 +1,4 @@
-"""Which rank a process is, as whoever started it says. Imports no torch."""
+"""The rank of this process, from the environment that its launcher set. Imports no torch."""
 
 import hashlib
 import os

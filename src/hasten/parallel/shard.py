@@ -1,4 +1,4 @@
-"""How a tensor is divided over tensor parallel ranks, and put together again.
+"""How a tensor is divided over tensor parallel ranks, and merged again.
 
 All shapes are hasten's own layout: a linear's weight is [out, in]; a fused QKV weight is
 [(heads + 2 * kv_heads) * head_size, in], first all query heads, then all key heads, then all value heads; that of a

@@ -1,4 +1,4 @@
-"""GPTQ: input features are rounded one after the other, and those left take up the error of each.
+"""GPTQ: input features are rounded one after the other, and the remaining ones compensate the error of each.
 
 Shapes: o output features, h input features. Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for
 Generative Pre-trained Transformers", 2022.

@@ -1,4 +1,4 @@
-"""How often engines continue texts rightly, how sure that is, and where two engines differ."""
+"""Accuracy of engines on last words, its confidence interval, and where two engines differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

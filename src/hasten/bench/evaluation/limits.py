@@ -1,4 +1,4 @@
-"""What the hardware allows, and how much of it is reached: roofline, memory, money and energy."""
+"""Measured figures beside the hardware's limits: roofline, memory, price and energy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

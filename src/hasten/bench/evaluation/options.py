@@ -1,4 +1,4 @@
-"""What a report is on, and how much is measured for it."""
+"""Options of a report: its subject, and how much is measured."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

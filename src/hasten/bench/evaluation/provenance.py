@@ -1,4 +1,4 @@
-"""What a report was measured on and with: weights by their hashes, versions, the machine, the command."""
+"""Provenance of a report: hashes of the weights, versions, the machine, the command."""
 
 import hashlib
 import platform

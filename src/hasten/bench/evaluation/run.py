@@ -1,4 +1,4 @@
-"""A report: what it is on, its measured sections, and what is worked out of them."""
+"""A report: its subject, its measured sections, and what is derived from them."""
 
 import dataclasses
 from collections.abc import Callable

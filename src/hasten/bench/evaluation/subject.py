@@ -1,4 +1,4 @@
-"""What a report is on: an engine, its model and device, and the texts that it is measured with."""
+"""The subject of a report: an engine, its model and device, and the texts that it is measured with."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What benchmarks have in common: options, the engines that are measured, and where results go."""
+"""Shared by all benchmarks: options, the engines that are measured, and the output of results."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Options that every verb of `hasten cluster` has: which backend, which namespace, how its answers are printed."""
+"""Options of every command of `hasten cluster`: backend, namespace, form of the output."""
 
 import argparse
 import os

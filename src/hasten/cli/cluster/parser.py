@@ -1,4 +1,4 @@
-"""The parser of cluster's verbs: some end in a command of the user's own, some are Arena's and not hasten's."""
+"""Parsers of `hasten cluster`: commands that end in a user's command line, and Arena's commands that hasten lacks."""
 
 import argparse
 from collections.abc import Callable, Sequence

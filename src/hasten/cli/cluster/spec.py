@@ -1,4 +1,4 @@
-"""From the options of the command line to what a backend is asked for, and what is said afterwards."""
+"""From command-line options to the specs that a backend gets, and the messages about what it did."""
 
 import argparse
 import shlex

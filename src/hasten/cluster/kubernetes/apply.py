@@ -1,4 +1,4 @@
-"""Making, changing and removing several objects as one thing."""
+"""Creates, updates and deletes several objects as a unit."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Where the cluster is and who asks: a kubeconfig, or the service account of the pod that hasten runs in.
+"""Address and credentials of a cluster: a kubeconfig, or the service account of the pod that hasten runs in.
 
 The order is kubectl's (kubernetes.io/docs/concepts/configuration/organize-cluster-access-kubeconfig): the file that was
 named, the files of KUBECONFIG, `~/.kube/config`, and without any of them the pod's own account.

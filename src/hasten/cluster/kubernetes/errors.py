@@ -1,4 +1,4 @@
-"""What an API server answers when it does not do what it was asked, in words for the user.
+"""Errors of an API server, as messages for users.
 
 The server answers with an object `Status` (kubernetes.io/docs/reference/kubernetes-api/common-definitions/status):
 `code` and `reason` say what kind of failure it is, `details` names the object and the causes.

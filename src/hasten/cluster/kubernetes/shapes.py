@@ -1,4 +1,4 @@
-"""What is read of pods and jobs where there may be thousands: the rest of the server's answer is skipped.
+"""The fields that are read of pods and jobs, of which there may be thousands: the rest of an answer is skipped.
 
 Most of a pod is not asked for here (who manages which field, environments, probes), and passing over it takes a
 fraction of the time of building it.

@@ -1,4 +1,4 @@
-"""Processes of one job or server under watch: their output is kept, their ends are noticed, nothing of them is left."""
+"""Child processes of one job or server: captures their output, reaps them, and leaves none behind."""
 
 import os
 import selectors

@@ -1,4 +1,4 @@
-"""Ending a job or server, and removing all that was made for it."""
+"""Ends a job or server, and removes everything created for it."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""GPUs of this machine: how many there are, and who waits for them or has them.
+"""GPUs of this machine: their number, the queue for them, and their owners.
 
 A request is a ticket, a file in HOME/gpus/HOST whose name is its position in the queue. The first of those that wait is
 served as soon as enough GPUs are free, the others after it, so a large request is not passed by small ones for ever. A

@@ -1,4 +1,4 @@
-"""What the commands do about servers: make one, change one. Running it is its supervisor's work."""
+"""Creates and updates local servers; running them is the work of their supervisors."""
 
 import dataclasses
 import logging

@@ -1,4 +1,4 @@
-"""What becomes of a job or server whose supervisor died: its processes are ended, and the record tells the truth.
+"""Cleans up after a supervisor that died: ends the processes of its job or server, and corrects the record.
 
 Whichever command next looks at it does this: `list`, `get`, `submit` of a job that needs GPUs, or the supervisor of one
 that waits for them. Processes that lost their supervisor are killed at once, not asked: nobody keeps their output any

@@ -1,4 +1,4 @@
-"""What the local backend keeps on disk: a folder for each job and server, and who owns it.
+"""State of the local backend on disk: a folder for each job and server, and the lock of its owner.
 
     HOME/jobs/NAMESPACE/NAME/         a job; HOME/servers/NAMESPACE/NAME@VERSION/ a server
         spec.json                     what was asked, and the plan made of it; written by commands

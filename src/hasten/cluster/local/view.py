@@ -1,4 +1,4 @@
-"""Records as the verbs tell them: jobs, servers and their instances."""
+"""Records of jobs, servers and instances, as commands show them."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime

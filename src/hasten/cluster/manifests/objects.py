@@ -1,4 +1,4 @@
-"""What a user asks for as Kubernetes objects, which nothing here creates.
+"""Specs of jobs, servers and volumes as Kubernetes objects; nothing here creates them in a cluster.
 
 The first object of a job and of a server owns the others: create it first, then `owned(others, owner)`. Deleting it
 deletes them, and nothing is left behind where creating one of them fails.

@@ -1,4 +1,4 @@
-"""What watches a server and what follows from it: PodMonitor, autoscalers, InferencePool."""
+"""Monitoring and scaling of a server: PodMonitor, autoscalers, InferencePool."""
 
 from collections.abc import Set as AbstractSet
 from typing import Any

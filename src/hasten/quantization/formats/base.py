@@ -1,4 +1,4 @@
-"""What a format of quantized checkpoints must offer, and how its tensors are checked.
+"""The interface of a format of quantized checkpoints, and checks of its tensors.
 
 Shapes: o output features, h input features, g groups of input features.
 """
