@@ -213,8 +213,13 @@ def test_defaults_are_for_rows_that_say_nothing(tmp_path: Path) -> None:
     rows = [{"id": "a", "prompt": [1]}, {"id": "b", "prompt": [1], "n": 1}, {"id": "c", "prompt": [1], "n": None}]
     run(write_rows(tmp_path / "in", rows), tmp_path / "out", defaults={"n": 2})
     assert {name: len(found) for name, found in texts(tmp_path / "out").items()} == {"a": 2, "b": 1, "c": 2}
-    with pytest.raises(ConfigError, match="temperature is limited to 2"):
-        run(tmp_path / "in", tmp_path / "other", defaults={"temperature": 3})
+    for defaults, message in (
+        ({"temperature": 3}, "temperature is limited to 2"),
+        ({"temperature": float("nan")}, "temperature must be finite, got nan"),
+        ({"logit_bias": {"5": float("-inf")}}, "logit_bias must be finite, got -inf"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(tmp_path / "in", tmp_path / "other", defaults=defaults)
 
 
 def test_rows_without_a_seed_have_one_of_their_own(tmp_path: Path) -> None:
@@ -254,6 +259,23 @@ def test_a_folder_belongs_to_one_job(tmp_path: Path) -> None:
         run(source, tmp_path / "held")
 
 
+def test_a_folder_without_a_row_is_free_for_another_job(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in", [{"prompt": [1]}]), tmp_path / "out"
+    with BatchJob(source, out, model="a name with a slip"):
+        pass  # there is no such model
+    run(source, out, defaults={"n": 2})
+    assert texts(out) == {"row-1": ["1", "1"]}
+    with BatchJob(source, tmp_path / "parts", model=MODEL):
+        pass
+    assert run(source, tmp_path / "parts", part=Part(0, 2)).results == 1
+
+    (begun := tmp_path / "begun").mkdir()
+    with BatchJob(source, begun, model=MODEL):
+        (begun / ".results.partial").write_text("{")
+    with pytest.raises(ConfigError, match="the model differs"):
+        BatchJob(source, begun, model="another")
+
+
 def test_parts_have_each_row_once(tmp_path: Path) -> None:
     rows = [{"prompt": [number + 1]} for number in range(10)]
     source, out = write_rows(tmp_path / "in", [*rows, {"prompt": [1], "id": "row-3"}]), tmp_path / "out"
@@ -276,7 +298,7 @@ def test_parts_have_each_row_once(tmp_path: Path) -> None:
         run(source, out, part=Part(3, 4))
 
 
-@pytest.mark.parametrize("text", ["", "1", "/", "8/8", "-1/8", "1/x", "1/2/3", "0/0", "²/4"])
+@pytest.mark.parametrize("text", ["", "1", "/", "8/8", "-1/8", "1/x", "1/2/3", "0/0", "²/4", "0/" + "9" * 5000])
 def test_a_part_that_is_none(text: str) -> None:
     with pytest.raises(ConfigError, match="is not INDEX/COUNT, such as 0/8"):
         Part.parse(text)
@@ -298,8 +320,14 @@ def test_an_input_that_cannot_be_read(tmp_path: Path) -> None:
         run(write_rows(tmp_path / "damaged.parquet", ["PAR1..."]), tmp_path / "out")
     packed = tmp_path / "rows.gz"
     packed.write_bytes(b"\x1f\x8b\x08")
-    with pytest.raises(ConfigError, match="is compressed by gzip; give a Parquet file, or one with one JSON object"):
+    with pytest.raises(
+        ConfigError, match="is compressed by gzip; give a Parquet file, or one in UTF-8 with one JSON object"
+    ):
         run(packed, tmp_path / "out")
+    wide = tmp_path / "rows.utf16"
+    wide.write_text('{"prompt": [1]}\n', encoding="utf-16")
+    with pytest.raises(ConfigError, match="is UTF-16; give a Parquet file, or one in UTF-8 with one JSON object"):
+        run(wide, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -260,6 +260,8 @@ def test_a_folder_that_is_not_ours_is_left_alone(tiny_bloom: Path, copy_of: Copy
         run(tiny_bloom, full)
     with pytest.raises(CheckpointError, match="is a file"):
         run(tiny_bloom, full / "letter.txt")
+    with pytest.raises(CheckpointError, match=r"letter\.txt is a file, and a folder is needed there$"):
+        run(tiny_bloom, full / "letter.txt" / "out")
     out = tmp_path / "out"
     folder = run(tiny_bloom, out)
     (folder / "notes.txt").write_text("mine", encoding="utf-8")

@@ -11,6 +11,7 @@ import pytest
 from tests.bench.report_form import form_errors
 
 from hasten.bench import engines, report
+from hasten.core.errors import ConfigError
 from hasten.engine.runner import Runner
 
 pytestmark = pytest.mark.any_python
@@ -136,6 +137,12 @@ def test_ranks_of_two_give_the_answers_of_one(
     assert json.loads(output.read_text())["differing_samples"] == 0
 
 
+def test_results_that_cannot_be_written_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"No space left on device; they are on standard output instead$"):
+        report.write_json("/dev/full", {"accuracy": 57.5})
+    assert json.loads(capsys.readouterr().out) == {"accuracy": 57.5}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -166,7 +173,11 @@ def test_bad_datasets(tiny_bloom: Path, dataset: Path, hasten_here: "Hasten", li
         (("--hf-engine", "generate_batch"), "--hf-engine needs --compare"),
         (("--output-path", "/nowhere/results.json"), "cannot write the results"),
         (("--checkpoint-path", "/nowhere"), "/nowhere"),
-        (("--acc-threshold", "high"), "invalid float value: 'high'"),
+        (("--acc-threshold", "high"), "'high' is not a number of per cent"),
+        (("--acc-threshold", "nan"), "'nan' is not a number of per cent"),
+        (("--temperature", "nan"), "--temperature must be finite"),
+        (("--output-path", "/tmp/x.svg", "--plot", "/tmp/../tmp/x.svg"), "is given for two results"),
+        (("--plot", "/tmp/x.pdf"), "cannot draw /tmp/x.pdf: pictures are SVG or PNG"),
     ],
 )
 def test_bad_options(

@@ -148,7 +148,7 @@ def test_a_kill_in_the_middle_leaves_the_old_folder(many_layers: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_run_and_cleans_up(
     number: signal.Signals, status: int, many_layers: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from hasten.cli.options import (
     add_sampling_options,
     engine_options,
     field_names,
+    option_words,
     sampling_params,
 )
 from hasten.core.config import EngineConfig
@@ -100,6 +101,27 @@ def test_a_home_directory_is_expanded_where_the_shell_did_not(monkeypatch: pytes
     assert parse(["serve", "--model-repository=~/r", "--log-file=~/l"]).log_file == "/home/anna/l"
     assert parse(["bench", "latency", "~/m", "--output-path=~/o"]).output_path == "/home/anna/o"
     assert parse(["generate", "./a/~/m/", "--prompts-file", "-"]).model == "./a/~/m/"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "", "--prompt", "x"],
+        ["convert", "-i", "m", "-o", ""],
+        ["quantize", "m", "", "--scheme", "int8"],
+        ["serve", "--model-repository="],
+        ["bench", "latency", "m", "--output-path", ""],
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(argv: list[str]) -> None:
+    with pytest.raises(ConfigError, match="the path is empty; is the variable that it comes from set"):
+        build_parser().parse_args(argv)
+
+
+def test_options_are_words_of_the_command_line_that_gives_them() -> None:
+    given = {"enable_prefix_caching": False, "deterministic": True, "max_num_seqs": 4, "dtype": "bf16"}
+    words = option_words({**given, "quantization": None})
+    assert engine_options(build_parser().parse_args(["warm", "m", *words])) == given
 
 
 @pytest.mark.parametrize(

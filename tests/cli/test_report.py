@@ -53,7 +53,8 @@ def report(tiny_bloom: Path, tmp_path_factory: pytest.TempPathFactory) -> Report
     lines = [" ".join(words[: 4 + number % 8]) for number in range(6)]
     texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     arguments = (
-        *("report", str(tiny_bloom), "-o", str(page), "--dataset", str(texts), "--quick", "--device", "cpu"),
+        *("report", str(tiny_bloom), "-o", str(page), "--dataset", str(texts), "--quick", "--no-overlap-steps"),
+        *("--device", "cpu"),
         *("--price-per-hour", "2", "--slo", "ttft=100s,itl=100s", "--max-num-seqs", "4"),
     )
     command = [sys.executable, "-m", "hasten", *arguments]
@@ -231,6 +232,7 @@ def test_bad_input_is_one_line(tiny_bloom: Path, tmp_path: Path, hasten_here: "H
         (("--against", "tgi"), "'tgi' is no engine to compare with"),
         (("--price-per-hour", "free"), "'free' is not a price above 0"),
         (("--dataset", str(tmp_path / "none.jsonl")), "cannot read the dataset"),
+        (("-o", "."), "cannot write the page to .: it is a folder"),
         (("-o", str(tmp_path / "page.json")), "is what the JSON is called; give the page another ending"),
         (("-o", str(tmp_path / "page.png")), "is what the PNG is called; give the page another ending"),
         (("-o", str(tmp_path / "no" / "page.html")), "there is no folder"),

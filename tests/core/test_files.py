@@ -1,10 +1,11 @@
+import codecs
 import errno
 from pathlib import Path
 
 import pytest
 
 from hasten.core.errors import ConfigError
-from hasten.core.files import expand_home, reading, removed_on_failure, write_text
+from hasten.core.files import expand_home, file_in_the_way, reading, removed_on_failure, write_text
 
 
 def test_an_error_names_the_file_whether_it_comes_at_opening_or_at_writing(tmp_path: Path) -> None:
@@ -17,16 +18,34 @@ def test_an_error_names_the_file_whether_it_comes_at_opening_or_at_writing(tmp_p
         write_text(tmp_path / "nowhere" / "x", "x")
 
 
-def test_an_error_of_reading_names_the_file_once(tmp_path: Path) -> None:
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path: Path) -> None:
+    (file := tmp_path / "file").touch()
+    for made in (file, file / "folder", file / "folder" / "below"):
+        with pytest.raises((FileExistsError, NotADirectoryError)) as caught:
+            made.mkdir(parents=True)
+        assert file_in_the_way(caught.value) == str(file)
+    with pytest.raises(FileNotFoundError) as missing:
+        (tmp_path / "no" / "folder").mkdir()
+    assert file_in_the_way(missing.value) is None
+
+
+def test_an_error_of_reading_names_the_file_once() -> None:
     with pytest.raises(ConfigError) as caught, reading("prompts from /nowhere"):
         Path("/nowhere").read_text(encoding="utf-8")
     assert str(caught.value) == "cannot read prompts from /nowhere: No such file or directory"
-    with (
-        pytest.raises(ConfigError, match="cannot read the list: 'utf-8' codec can't decode byte 0xe9"),
-        reading("the list"),
+
+
+def test_a_text_in_another_encoding_is_called_what_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "list"
+    for content, message in (
+        (b"caf\xe9", "it is not UTF-8, with the byte 0xe9 at position 3"),
+        ("list".encode("utf-16"), "it is UTF-16"),
+        (codecs.BOM_UTF16_BE + "list".encode("utf-16-be"), "it is UTF-16"),
     ):
-        (tmp_path / "latin").read_text(encoding="utf-8")
+        file.write_bytes(content)
+        with pytest.raises(ConfigError) as caught, reading("the list"):
+            file.read_text(encoding="utf-8")
+        assert str(caught.value) == f"cannot read the list: {message}; save it as UTF-8"
 
 
 def test_what_was_being_written_is_removed_on_failure(tmp_path: Path) -> None:
@@ -42,5 +61,5 @@ def test_what_was_being_written_is_removed_on_failure(tmp_path: Path) -> None:
 def test_a_home_directory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/anna")
     assert expand_home(Path("~/m"), "") == Path("/home/anna/m")
-    with pytest.raises(ConfigError, match=r"^~nobody-of-that-name/m cannot be expanded: .*; set THAT$"):
+    with pytest.raises(ConfigError, match=r"there is no user nobody-of-that-name; write the path in full$"):
         expand_home(Path("~nobody-of-that-name/m"), "set THAT")

@@ -42,7 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def claim(folder: Path, job: Mapping[str, Any]) -> None:
-    """Write down whose results a folder has; ConfigError where it has those of another job, or other files."""
+    """Write down whose results a folder has; ConfigError where it has rows of another job, or other files."""
     file = folder / JOB
     if not file.exists():
         if any(path.name != _LOCK and not path.name.endswith(".partial") for path in folder.iterdir()):
@@ -50,12 +50,22 @@ def claim(folder: Path, job: Mapping[str, Any]) -> None:
         write_whole(file, json.dumps(job, indent=2) + "\n")
         return
     known = _known(file)
-    for name, word in _WORDS.items():
-        if known.get(name) != job.get(name):
-            raise ConfigError(
-                f"{folder} has results of another batch: {word} ({known.get(name)!r:.120}, now "
-                f"{job.get(name)!r:.120}); give another folder"
-            )
+    other = next((name for name in _WORDS if known.get(name) != job.get(name)), None)
+    if other is None:
+        return
+    if has_rows(folder):
+        raise ConfigError(
+            f"{folder} has results of another batch: {_WORDS[other]} ({known.get(other)!r:.120}, now "
+            f"{job.get(other)!r:.120}); give another folder"
+        )
+    # the earlier command did nothing yet: it may have named a model that is not there
+    write_whole(file, json.dumps(job, indent=2) + "\n")
+
+
+def has_rows(folder: Path) -> bool:
+    """Whether any row of a batch is done, or begun to be written."""
+    files = (*folder.glob("results-*.jsonl"), *folder.glob("errors-*.jsonl"), *folder.glob(".*.partial"))
+    return any(file.stat().st_size for file in files)
 
 
 def _known(file: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A batch: every row of a file is computed once, however often the process is killed."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -186,11 +187,23 @@ class BatchJob:
 
 def _check_defaults(defaults: Mapping[str, Any]) -> None:
     """Raise what every row would be refused for."""
+    for name, value in defaults.items():
+        _require_finite(name, value)
     try:
         request = decode(_encode({"model": "", "prompt": "", **defaults}), _decoder)
         completion_params(request, 1)
     except (OpenAIError, InvalidRequestError) as error:
         raise ConfigError(str(error)) from None
+
+
+def _require_finite(name: str, value: Any) -> None:
+    """ConfigError for NaN and infinity, of which JSON would make null: the model's own default."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, got {value}")
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    for each in value if isinstance(value, list | tuple) else ():
+        _require_finite(name, each)
 
 
 class _Run:

@@ -4,10 +4,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hasten.batch.folder import JOB
+from hasten.batch.folder import JOB, has_rows
 from hasten.core.errors import ConfigError
 
 _FOLDER = re.compile(r"part-\d{5,}-of-(\d{5,})")
+_PART = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,12 @@ class Part:
     @classmethod
     def parse(cls, text: str) -> "Part":
         """From `INDEX/COUNT`, counted from 0; ConfigError for anything else."""
-        index, slash, count = text.partition("/")
-        numbers = [int(number) for number in (index, count) if number.isascii() and number.isdecimal()]
-        if not slash or len(numbers) != 2 or not numbers[0] < numbers[1]:
+        found = _PART.fullmatch(text)
+        if found is None or not int(found[1]) < int(found[2]):
             raise ConfigError(
-                f"part {text!r} is not INDEX/COUNT, such as 0/8 for the first of eight and 7/8 for the last"
+                f"part {text!r:.80} is not INDEX/COUNT, such as 0/8 for the first of eight and 7/8 for the last"
             )
-        return cls(*numbers)
+        return cls(int(found[1]), int(found[2]))
 
     @property
     def is_whole(self) -> bool:
@@ -45,7 +45,7 @@ class Part:
         others = {int(found[1]) for path in output.glob("part-*") if (found := _FOLDER.fullmatch(path.name))}
         if self.is_whole and not others:
             return output
-        if (output / JOB).exists():
+        if (output / JOB).exists() and has_rows(output):
             raise ConfigError(f"{output} has the results of a whole batch; give another folder for its parts")
         if others - {self.count}:
             counts = ", ".join(map(str, sorted(others)))

@@ -18,6 +18,7 @@ from hasten.core.errors import ConfigError
 from hasten.core.files import naming, reading, write_text
 
 REQUEST_PREFIX = "batch_req_"
+_ID = re.compile(REQUEST_PREFIX + r"([0-9]{1,18})")
 
 
 class _Line(msgspec.Struct):
@@ -35,8 +36,8 @@ def _number(line: bytes) -> int | None:
         name = _decode_line(line).id
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    digits = name.removeprefix(REQUEST_PREFIX)
-    return int(digits) if digits != name and digits.isdigit() else None
+    found = _ID.fullmatch(name)
+    return None if found is None else int(found[1])
 
 
 class ShardWriter:

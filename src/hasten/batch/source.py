@@ -1,5 +1,6 @@
 """The input of a batch: rows of JSON or of a Parquet file, read one by one however many there are."""
 
+import codecs
 import hashlib
 import stat
 from abc import ABC, abstractmethod
@@ -18,9 +19,11 @@ from hasten.core.files import reading
 
 _PARQUET = b"PAR1"
 """First bytes of a Parquet file."""
-_OTHER_FORMATS = {b"\x1f\x8b": "compressed by gzip", b"PK\x03\x04": "a ZIP archive"}
+_OTHER_FORMATS = {
+    **{b"\x1f\x8b": "compressed by gzip", b"PK\x03\x04": "a ZIP archive"},
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
+}
 """First bytes of what is not read, and what it is."""
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def open_rows(path: Path) -> Source:
         return Parquet(path)
     kind = next((kind for mark, kind in _OTHER_FORMATS.items() if beginning.startswith(mark)), None)
     if kind is not None:
-        raise ConfigError(f"{path} is {kind}; give a Parquet file, or one with one JSON object per line")
+        raise ConfigError(f"{path} is {kind}; give a Parquet file, or one in UTF-8 with one JSON object per line")
     return JsonLines(path)
 
 
@@ -99,7 +102,7 @@ class JsonLines(Source):
         """The rows in order; ConfigError where the file cannot be read."""
         with reading(f"rows from {self.path}"), self.path.open("rb") as file:
             for number, line in enumerate(file):
-                text = line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
                 if not text.isspace():
                     yield Row(number, text)
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
 from hasten.core.files import naming
 
@@ -19,6 +20,15 @@ def require_png(path: str | None) -> None:
     """ConfigError where a file of this name is to be a PNG and the extra that draws it is not installed."""
     if path is not None and is_png(path):
         require_extra("png", f"a picture such as {path}")
+
+
+def require_picture(path: str | None) -> None:
+    """ConfigError where a picture with this name could not be drawn: it is of another kind, or an extra is missing."""
+    if path is None:
+        return
+    if Path(path).suffix.lower() not in ("", ".svg", ENDING):
+        raise ConfigError(f"cannot draw {path}: pictures are SVG or PNG; give a file that ends in .svg or .png")
+    require_png(path)
 
 
 def write_png(path: Path, document: str) -> None:

@@ -88,17 +88,28 @@ def print_json(report: Mapping[str, Any]) -> None:
 
 
 def write_json(path: str, report: Mapping[str, Any]) -> None:
-    """Write a report to a file."""
+    """Write a report to a file; where that fails, print it, since it may have taken hours, and raise ConfigError."""
     try:
         Path(path).write_text(json.dumps(to_json(report), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write the results to {path}: {error.strerror}") from error
+        print_json(report)
+        raise ConfigError(
+            f"cannot write the results to {path}: {error.strerror}; they are on standard output instead"
+        ) from error
 
 
-def require_writable(path: str | None) -> None:
-    """Raise ConfigError if results could not be written to `path`: better before hours of work than after."""
-    if path is None:
-        return
+def require_writable(*paths: str | None) -> None:
+    """Raise ConfigError if results could not be written to each path: better before hours of work than after."""
+    given = [path for path in paths if path is not None]
+    for path in given:
+        _require_writable(path)
+    files = [path for path in given if Path(path).is_file() or not Path(path).exists()]
+    for index, path in enumerate(files):
+        if Path(path).resolve() in (Path(other).resolve() for other in files[:index]):
+            raise ConfigError(f"{path} is given for two results, of which the second would replace the first")
+
+
+def _require_writable(path: str) -> None:
     folder = Path(path).absolute().parent
     if Path(path).is_dir():
         raise ConfigError(f"cannot write the results to {path}: it is a folder; give a file")

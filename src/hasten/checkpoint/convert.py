@@ -133,8 +133,8 @@ def _check_space(nbytes: int, folder: Path, shown: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise CheckpointError(
-            f"no space left for {shown}: the output takes {nbytes / 1e9:.2f} GB beside what is there, "
-            f"{free / 1e9:.2f} GB are free"
+            f"no space left for {shown}: the output takes {nbytes / 1e6:,.1f} MB beside what is there, "
+            f"{free / 1e6:,.1f} MB are free"
         )
 
 

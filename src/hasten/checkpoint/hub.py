@@ -85,6 +85,9 @@ def model_name(name: str | os.PathLike[str]) -> str:
 
 
 def _path(name: str | os.PathLike[str]) -> Path:
+    """A name as a path; ConfigError for an empty one, which would be the current folder."""
+    if not os.fspath(name):
+        raise ConfigError(f"the name of a model or a folder is empty; give a folder, or an id such as {_EXAMPLE}")
     return expand_home(Path(name), "write the whole path")
 
 

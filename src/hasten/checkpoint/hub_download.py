@@ -97,8 +97,8 @@ def _check_space(nbytes: int, folder: Path, model: HubModel) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise CheckpointError(
-            f"no space left to download {model.id} into {parent}: it takes {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB "
-            "are free"
+            f"no space left to download {model.id} into {parent}: it takes {nbytes / 1e6:,.1f} MB, "
+            f"{free / 1e6:,.1f} MB are free"
         )
 
 

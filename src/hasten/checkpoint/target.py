@@ -16,6 +16,7 @@ from hasten.checkpoint.files import read_json
 from hasten.checkpoint.model_files import OF_MODULE, POOLING_FILES, TOKENIZER_FILES
 from hasten.checkpoint.sources import is_rank_folder, rank_folders
 from hasten.core.errors import CheckpointError, ConfigError
+from hasten.core.files import file_in_the_way
 
 _SIDE_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES, *POOLING_FILES)
 _SIDE_FOLDER = re.compile(r"\d+_\w+")
@@ -156,6 +157,8 @@ def clear_errors(shown: str, report: Callable[[Event], None]) -> Iterator[Callab
         if any(error is other for other in reporting):
             raise
         where = f" ({error.filename})" if error.filename else ""
+        if (file := file_in_the_way(error)) is not None:
+            raise CheckpointError(f"cannot write {shown}: {file} is a file, and a folder is needed there") from error
         if error.errno in _FULL:
             raise CheckpointError(
                 f"no space left to write {shown}{where}; free some, or give another folder"

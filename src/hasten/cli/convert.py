@@ -1,15 +1,12 @@
 """`hasten convert`: a Hugging Face checkpoint to FasterTransformer's format, or to one file a rank."""
 
 import argparse
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
+from hasten.cli.interrupts import cleaned_up_when_terminated
 from hasten.cli.options import Parser, path
 from hasten.core.dtypes import DTYPES
 from hasten.core.progress import ProgressBar, progress_bar
@@ -87,12 +84,8 @@ def run(args: argparse.Namespace) -> int:
         workers=args.processes,
         by_shard=args.by_shard,
     )
-    with _Log(args) as log, _terminated():
-        try:
-            convert(job, log)
-        except _TerminatedError:
-            print(f"hasten: terminated; {args.output_dir} is as it was", file=sys.stderr)
-            return 128 + signal.SIGTERM
+    with _Log(args) as log, cleaned_up_when_terminated():
+        convert(job, log)
     elapsed = time.perf_counter() - start
     if log.replaced is not None:
         print(f"replaced {log.replaced}")
@@ -147,28 +140,3 @@ def _line(event: "Wrote") -> str:
     part = event.part
     start, shape = f" - {part.name.ljust(48, '.')}: shape {part.shape!s:16s}", f"| saved at {event.path}"
     return f"{start} s {shape} ({part.rank}/{part.size})" if part.split else f"{start}   {shape}"
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM came; not an Exception, so that nothing on the way up swallows it."""
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that the folder being written is removed."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        # what is left is cleaning up, which another signal should not cut short
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _TerminatedError
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        # not the main thread: whoever runs us there handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

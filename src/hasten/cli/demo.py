@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hasten
+from hasten.cli.interrupts import cleaned_up_when_terminated
 from hasten.cli.options import Parser, path
 from hasten.core.errors import ConfigError, EngineError
 from hasten.core.extras import require_extra
@@ -96,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
         seconds.append(time.perf_counter() - began)
         if status:
             return status
-    if status := _serve(checkpoint, model, client, folder / "serve.log"):
+    with cleaned_up_when_terminated():
+        status = _serve(checkpoint, model, client, folder / "serve.log")
+    if status:
         return status
     comparison = _read(results)
     _show(comparison, convert_seconds=seconds[0], all_seconds=time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command imports what it needs."""
+"""Ctrl-C while a command imports what it needs, and signals that end a command which has to clean up."""
 
 import os
 import signal
@@ -10,6 +10,15 @@ from types import FrameType
 
 INTERRUPTED = 130
 _AGAIN_S = 0.05
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class TerminatedError(BaseException):
+    """A signal ended the command; not an Exception, so that nothing on the way up swallows it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
 
 
 @contextmanager
@@ -29,6 +38,30 @@ def interrupts_beside_imports() -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGINT) is _interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def cleaned_up_when_terminated() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise TerminatedError, so that folders being written and servers go with the command.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays so, and all do off the main thread.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        # what is left is cleaning up, which another signal should not cut short
+        for each in taken:
+            signal.signal(each, signal.SIG_IGN)
+        raise TerminatedError(number)
+
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    taken = [each for each in _ENDING if on_main_thread and signal.getsignal(each) is signal.SIG_DFL]
+    for each in taken:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def say_interrupted() -> None:

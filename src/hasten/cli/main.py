@@ -8,9 +8,10 @@ from contextlib import suppress
 from importlib import import_module
 
 from hasten import __version__
-from hasten.cli.interrupts import INTERRUPTED, interrupts_beside_imports, say_interrupted
+from hasten.cli.interrupts import INTERRUPTED, TerminatedError, interrupts_beside_imports, say_interrupted
 from hasten.cli.options import Parser
 from hasten.core.errors import HastenError, exit_status
+from hasten.core.files import file_in_the_way
 
 BAD_INPUT = 2
 FAILED = 1
@@ -46,8 +47,9 @@ def build_parser(command: str | None = None) -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status.
 
-    0 is success, 1 a failed run or a missed threshold, 2 bad input, 130 an interrupt, 141 a reader of the output that
-    has gone. An error that hasten did not foresee keeps its traceback.
+    0 is success, 1 a failed run or a missed threshold, 2 bad input, 130 an interrupt, 129 and 143 a hang-up and a
+    termination that were cleaned up after, 141 a reader of the output that has gone. An error that hasten did not
+    foresee keeps its traceback.
     """
     _open_standard_streams()
     argv = sys.argv[1:] if argv is None else argv
@@ -65,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say_interrupted()
         return INTERRUPTED
+    except TerminatedError as error:
+        print("hasten: terminated", file=sys.stderr)
+        return error.status
     except BrokenPipeError:
         _discard_output()
         return PIPE_CLOSED
@@ -91,8 +96,8 @@ def _fail(message: str, status: int) -> int:
 def _explained(error: OSError) -> str:
     """An error of the system about a file."""
     where = f"{error.filename} and {error.filename2}" if error.filename2 is not None else error.filename
-    if error.errno == errno.EEXIST:
-        return f"{where} is a file, and a folder is needed there"
+    if (file := file_in_the_way(error)) is not None:
+        return f"{file} is a file, and a folder is needed there"
     return f"{'cannot write ' if error.errno in _UNWRITABLE else ''}{where}: {error.strerror}"
 
 

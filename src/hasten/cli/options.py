@@ -158,7 +158,12 @@ def typed(read: Callable[[str], Value]) -> Callable[[str], Value]:
 
 @typed
 def path(text: str) -> str:
-    """The `type` of an option that is a file or a folder: a `~` that no shell has expanded is the home directory."""
+    """The `type` of an option that is a file or a folder: a `~` that no shell has expanded is the home directory.
+
+    An empty one is an error: it would be the current folder, and comes from a variable that is not set.
+    """
+    if not text:
+        raise ConfigError("the path is empty; is the variable that it comes from set?")
     return str(expand_home(Path(text), "set HOME, or write the path in full")) if text.startswith("~") else text
 
 
@@ -313,6 +318,19 @@ def engine_options(
 ) -> dict[str, Any]:
     """Keyword arguments for `LLM` or `EngineConfig.create` from the options of `add_engine_options`."""
     return {**defaults, **given(args, EngineConfig, skip | {"model"})}
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Options of an engine, by the names of their fields, as words of a command line that have their values with them.
+
+    Options whose value is None are left out.
+    """
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if value is not None:
+            words.append(f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag}={value}")
+    return words
 
 
 def add_sampling_options(

@@ -3,10 +3,18 @@
 import argparse
 import dataclasses
 import shlex
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, path, positive, typed
+from hasten.cli.options import (
+    HOST_OPTIONS,
+    Parser,
+    add_engine_options,
+    engine_options,
+    option_words,
+    path,
+    positive,
+    typed,
+)
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.option_fields import parse_size
 
@@ -20,7 +28,6 @@ _SKIP_MORE = frozenset({"kv_cache_memory", "overlap_steps", "max_grammar_seconds
 _SKIP_MOST = frozenset({"enable_prefix_caching", "deterministic", "pipeline_parallel_size", "pipeline_layers"})
 SKIP = _SKIP | _SKIP_MORE | _SKIP_MOST | HOST_OPTIONS
 """Options of an engine that change nothing of a plan, or that it does not know: pipeline stages."""
-_FLAGS = {"tensor_parallel_size": "-tp"}
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -62,11 +69,14 @@ def run(args: argparse.Namespace) -> int:
     from hasten.core.dtypes import dtype_name
     from hasten.engine.planning.plan import Planner, setup_of
 
-    engine = EngineConfig.create(args.model, **engine_options(args, skip=SKIP))
+    given = engine_options(args, skip=SKIP)
+    engine = EngineConfig.create(args.model, **given)
     device, most = _device(args)
     options = {"revision": engine.revision, "download_dir": engine.download_dir}
     folder = resolve_model(engine.model, part="config", show_progress=False, **options)
     model = read_hf_config(folder)
+    engine.parallel.validate(model)
+    engine.scheduler.validate(model)
     if model.task != "generate":
         raise UnsupportedError(f"{model.architecture} generates no text, and holds no cache that could be planned")
     if model.encoder is not None:
@@ -84,10 +94,10 @@ def run(args: argparse.Namespace) -> int:
         planner.fit(dataclasses.replace(setup, ranks=size)) for size in planner.sizes(setup, max(most, setup.ranks))
     ]
     chosen = planner.fit(setup)
-    if not chosen.fits and "tensor_parallel_size" not in vars(args):
+    if not chosen.fits and "tensor_parallel_size" not in given:
         chosen = next((fit for fit in fits if fit.fits), chosen)
         setup = dataclasses.replace(setup, ranks=chosen.ranks)
-    plan = _Plan(args.model, planner, setup, chosen, fits, most, args.context)
+    plan = _Plan(args.model, given, planner, setup, chosen, fits, most, args.context)
     if args.json:
         report.print_json(plan.as_json())
     else:
@@ -122,6 +132,8 @@ class _Plan:
     """What is printed."""
 
     name: str
+    options: dict[str, Any]
+    """Of the engine, as they were given."""
     planner: "Planner"
     setup: "Setup"
     chosen: "Fit"
@@ -158,11 +170,8 @@ class _Plan:
 
     def command(self) -> str:
         """What serves the model like this."""
-        options: dict[str, object] = {"tensor_parallel_size": self.setup.ranks if self.setup.ranks > 1 else None}
-        options |= {"max_model_len": self.setup.max_model_len, "quantization": self.setup.quantization}
-        options |= {"kv_cache_dtype": self.setup.cache_dtype}
-        given = {name: value for name, value in options.items() if value is not None}
-        return " ".join(["hasten serve", shlex.quote(self.name), *([_flags(given)] if given else [])])
+        ranks = {"tensor_parallel_size": self.setup.ranks if self.setup.ranks > 1 else None}
+        return shlex.join(["hasten", "serve", self.name, *option_words({**self.options, **ranks})])
 
     def show(self) -> None:
         from hasten.bench.report import print_table
@@ -193,7 +202,7 @@ class _Plan:
             self._show_speed()
             print(f"options: {self.command()}")
             return
-        ways = [_flags(options) for options in self.planner.alternatives(self.setup, self.most)]
+        ways = [shlex.join(option_words(options)) for options in self.planner.alternatives(self.setup, self.most)]
         print("it does not fit; " + (f"what fits: {', or '.join(ways)}" if ways else "no option here makes it fit"))
 
     def _show_speed(self) -> None:
@@ -208,7 +217,3 @@ class _Plan:
         rows.append(("prompts", f"{step.tokens_per_second:.0f}", f"{step.seconds * 1e3:.2f}", step.limit))
         title = f"expected, with {self.context} tokens of context"
         print_table(title, ("step", "tokens/s", "ms", "limited by"), rows)
-
-
-def _flags(options: Mapping[str, object]) -> str:
-    return " ".join(f"{_FLAGS.get(name, '--' + name.replace('_', '-'))} {value}" for name, value in options.items())

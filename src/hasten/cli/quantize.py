@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hasten.cli.interrupts import cleaned_up_when_terminated
 from hasten.cli.options import Parser, path, positive
 from hasten.core.errors import ConfigError
 from hasten.core.progress import progress_bar
@@ -81,8 +82,9 @@ def run(args: argparse.Namespace) -> int:
         check_method(args.scheme, options.chosen, calibrates=False)
         for name in _OF_CALIBRATION:
             if getattr(args, name) is not None:
-                raise ConfigError(f"{name} is for calibration: give --calibration as well, or leave it out")
-        with progress_bar("Quantizing weights", None, unit="bytes") as bar:
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{option} is for calibration: give --calibration as well, or leave it out")
+        with progress_bar("Quantizing weights", None, unit="bytes") as bar, cleaned_up_when_terminated():
             _say(args, quantize(str(args.model), Path(args.output), options, bar.advance))
         return 0
     if args.method is not None:
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or "auto"
     texts, others, layers = _texts(args)
     options = QuantizeOptions(args.scheme, args.method, [text.token_ids for text in texts], args.dampening, device)
-    with progress_bar("Quantizing layers", layers) as bar:
+    with progress_bar("Quantizing layers", layers) as bar, cleaned_up_when_terminated():
         _say(args, quantize(str(args.model), Path(args.output), options, advance=bar.advance))
     if count > 0:
         _compare(args, others[:count] or texts[:count], device, are_others=bool(others))

@@ -5,12 +5,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, path, typed
+from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, option_words, path, typed
 from hasten.cli.progress import progress_lines
 from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
 
 DEFAULT_SLO = "ttft=500ms,itl=50ms"
+_OWN_OPTIONS = ("output", "dataset", "against", "hf_model", "slo", "price_per_hour")
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -72,12 +73,13 @@ def run(args: argparse.Namespace) -> int:
     from hasten.parallel.rank import rank_from_environment
 
     page = Path(args.output)
+    if not page.name:
+        raise ConfigError(f"cannot write the page to {page}: it is a folder; give a file, such as report.html")
     data, picture, work = (page.with_suffix(ending) for ending in (".json", ".png", ".work"))
     if page in (data, picture):
         kind = "JSON is" if page == data else "PNG is"
         raise ConfigError(f"{page} is what the {kind} called; give the page another ending, such as .html")
-    for file in (page, data, picture):
-        files.require_writable(str(file))
+    files.require_writable(*map(str, (page, data, picture)))
     if rank_from_environment() is not None:
         raise ConfigError("hasten report starts its own ranks; run it without torchrun and mpirun")
     options = ReportOptions(
@@ -113,13 +115,9 @@ def _head(args: argparse.Namespace) -> dict[str, Any]:
 
 def _command(args: argparse.Namespace) -> str:
     """The command line that gives the same report."""
-    words = ["hasten", "report", str(args.model)]
-    for name, value in vars(args).items():
-        if name in ("model", "run", "parser", "fresh") or value is None or value is False:
-            continue
-        flag = "--" + name.replace("_", "-")
-        words += [flag] if value is True else [flag, str(value)]
-    return shlex.join(words)
+    own = {name: getattr(args, name) for name in _OWN_OPTIONS} | ({"quick": True} if args.quick else {})
+    options = option_words({**own, **engine_options(args, skip=HOST_OPTIONS)})
+    return shlex.join(["hasten", "report", str(args.model), *options])
 
 
 def _price(text: str) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.bench.common import add_output, require_writable, write, write_plot
-from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, path, positive
+from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, option_words, path, positive
 from hasten.cli.progress import progress_lines
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError
@@ -65,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
     require_extra("serve", "hasten tune")
     import torch
 
-    from hasten.bench import report
     from hasten.bench.evaluation.pictures import pareto
     from hasten.bench.slo import Slo
     from hasten.bench.sweep import SweepOptions
@@ -76,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
 
     slo = Slo.parse(args.slo)
     require_writable(args)
-    report.require_writable(args.options_file)
     if rank_from_environment() is not None:
         raise ConfigError("hasten tune starts servers of its own; run it without torchrun and mpirun")
     options = engine_options(args, skip=_SKIP)
@@ -96,29 +94,20 @@ def run(args: argparse.Namespace) -> int:
             yield server
 
     tuned = tune(start, candidates(slo, options), slo, most, load, progress_lines())
-    words = _option_words({**options, **tuned.options})
+    words = option_words({**options, **tuned.options})
     command = shlex.join(["hasten", "serve", args.model, *words])
     write(args, {"model": model_name(args.model), "slo": str(slo), "command": command, "tuned": tuned})
-    lines = [(_label(setting.options), setting.points) for setting in tuned.settings]
-    write_plot(args, f"{args.model}: {slo}", [pareto(lines, slo)])
-    if args.options_file is not None:
-        _write_options(args, tuned, words)
     if not args.json:
         print(f"{described(tuned.point)}\n{command}")
+    if args.options_file is not None:
+        _write_options(args, tuned, words)
+    lines = [(_label(setting.options), setting.points) for setting in tuned.settings]
+    write_plot(args, f"{args.model}: {slo}", [pareto(lines, slo)])
     return 0
 
 
 def _label(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items()) or "defaults"
-
-
-def _option_words(options: Mapping[str, Any]) -> list[str]:
-    """Options of an engine as words of a command line, each of which has its value with it."""
-    words = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        words.append(f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag}={value}")
-    return words
 
 
 def _write_options(args: argparse.Namespace, tuned: "Tuned", words: list[str]) -> None:

@@ -1,6 +1,10 @@
 """Files whose errors name them."""
 
+import codecs
+import errno
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +23,21 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def file_in_the_way(error: OSError) -> str | None:
+    """The file that stands where an OSError's path needs a folder; None for other errors."""
+    if error.filename is None or error.errno not in (errno.EEXIST, errno.ENOTDIR):
+        return None
+    path = Path(os.fsdecode(error.filename))
+    return next((str(each) for each in (path, *path.parents) if _is_no_folder(each)), None)
+
+
+def _is_no_folder(path: Path) -> bool:
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except OSError:
+        return False
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8; an OSError names the file, whatever went wrong."""
     with naming(path):
@@ -30,17 +49,30 @@ def reading(what: str) -> Iterator[None]:
     """ConfigError `cannot read WHAT` with the reason, where a file cannot be read or is not UTF-8."""
     try:
         yield
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise ConfigError(f"cannot read {what}: {reason or error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {what}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read {what}: {_other_encoding(error)}; save it as UTF-8") from error
+
+
+def _other_encoding(error: UnicodeDecodeError) -> str:
+    """What a text is that is not UTF-8."""
+    if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it is UTF-16"
+    return f"it is not UTF-8, with the byte 0x{error.object[error.start]:02x} at position {error.start}"
 
 
 def expand_home(path: Path, advice: str) -> Path:
-    """The path with its `~` expanded; ConfigError that ends in the advice where there is no home directory."""
+    """The path with its `~` or `~USER` expanded; ConfigError where there is no such home directory.
+
+    The error for `~` ends in the advice.
+    """
     try:
         return path.expanduser()
     except RuntimeError:
-        raise ConfigError(f"{path} cannot be expanded: there is no home directory; {advice}") from None
+        user = path.parts[0].removeprefix("~")
+        reason = f"there is no user {user}; write the path in full" if user else f"there is no home directory; {advice}"
+        raise ConfigError(f"{path} cannot be expanded: {reason}") from None
 
 
 @contextmanager

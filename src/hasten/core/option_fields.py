@@ -1,6 +1,7 @@
 """Fields of configurations: their options on the command line, and how their values are checked."""
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Callable
@@ -18,10 +19,13 @@ def parse_size(text: str) -> int:
     As in GNU's tools, a letter alone and `iB` count in powers of 1024, `B` in powers of 1000.
     """
     found = _SIZE.fullmatch(text.strip())
-    if found is None or found[3].lower() == "i" or (found[3].lower() == "ib" and not found[2]):
-        raise ConfigError(f"{text!r} is not a number of bytes; write it as 1073741824, 512MiB, 1G or 1.5GB")
-    base = 1000 if found[3].lower() == "b" else 1024
-    return round(float(found[1]) * base ** " kmgt".index(found[2].lower() or " "))
+    size = math.inf
+    if found is not None and found[3].lower() != "i" and (found[3].lower() != "ib" or found[2]):
+        base = 1000 if found[3].lower() == "b" else 1024
+        size = float(found[1]) * base ** " kmgt".index(found[2].lower() or " ")
+    if not math.isfinite(size):
+        raise ConfigError(f"{text!r:.80} is not a number of bytes; write it as 1073741824, 512MiB, 1G or 1.5GB")
+    return round(size)
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 - `help` is argparse's own word

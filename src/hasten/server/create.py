@@ -66,8 +66,10 @@ def model_configs(
     text_name = text_name or default_text_name(engine.model, token_name)
     names = (token_name, text_name, *_OWN)
     for name in names:
-        if not is_model_name(name) or names.count(name) > 1:
-            raise ConfigError(f"a model cannot be called {name!r}: another one is, or it is no name of a folder")
+        if not is_model_name(name):
+            raise ConfigError(f"a model cannot be called {name!r}, which is no name of a folder")
+        if names.count(name) > 1:
+            raise ConfigError(f"a model cannot be called {name!r}: another one is; choose another name for one of them")
     configs = [_token(engine, token_name, decoupled)]
     model_type = configs[0].parameters["model_type"].string_value
     kind = next((kind for kind, task in POOLING_KINDS.items() if ENCODER_TYPES[task] == model_type), None)

@@ -94,9 +94,8 @@ def require_writable(args: argparse.Namespace) -> None:
     from hasten.bench import png, report
 
     plot = getattr(args, "plot", None)
-    for file in (args.output_path, plot):
-        report.require_writable(file)
-    png.require_png(plot)
+    report.require_writable(args.output_path, plot, getattr(args, "options_file", None))
+    png.require_picture(plot)
 
 
 def write_plot(args: argparse.Namespace, title: str, pictures: "Sequence[Picture]", columns: int = 3) -> None:

@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
         environment = report.environment(llm.device, llm.dtype)
     found = {"results": results, "agreement": agreement, "speedups": embed.speedups(results)}
     write(args, {"environment": environment, **found})
-    write_plot(args, f"{args.model}: {args.num_texts} texts", pictures(results), columns=1)
     if not args.json:
         embed.show(results, agreement)
+    write_plot(args, f"{args.model}: {args.num_texts} texts", pictures(results), columns=1)
     return 0
 
 

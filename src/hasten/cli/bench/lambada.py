@@ -1,6 +1,7 @@
 """`hasten bench lambada`: the last word of each text."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from hasten.cli.bench.common import (
     write_measured,
     write_plot,
 )
-from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
+from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive, typed
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.types import SamplingParams
 
@@ -68,7 +69,9 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--repetitions", type=positive, default=1, metavar="N", help="times to run all texts; the time is the median"
     )
-    parser.add_argument("--acc-threshold", type=float, metavar="PERCENT", help="fail if the accuracy is lower")
+    parser.add_argument(
+        "--acc-threshold", type=typed(_percent), metavar="PERCENT", help="fail if the accuracy is lower"
+    )
     parser.add_argument("--show-progress", action="store_true", help="show a progress bar on standard error")
     parser.add_argument("--top-k", type=int, default=1, metavar="K", help="1 is greedy (default: 1)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="see `hasten generate` (default: 1)")
@@ -141,9 +144,19 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
                 "--beam-width above 1 searches and draws nothing: leave --top-k, --top-p, --temperature out"
             )
         return SamplingParams(beam_width=args.beam_width)
-    if args.top_k == 1:
-        return SamplingParams(temperature=0, top_p=args.top_p)
-    return SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    return SamplingParams(temperature=0, top_p=args.top_p) if args.top_k == 1 else sampling
+
+
+def _percent(text: str) -> float:
+    """A number that an accuracy can be compared with; ConfigError for NaN, which no accuracy is below."""
+    try:
+        percent = float(text)
+    except ValueError:
+        percent = math.nan
+    if not math.isfinite(percent):
+        raise ConfigError(f"{text!r} is not a number of per cent")
+    return percent
 
 
 def _measure(
@@ -180,10 +193,10 @@ def _report(args: argparse.Namespace, measured: Measured, results: "Sequence[Lam
         for each in compared
     ]
     write_measured(args, measured, summary)
-    title = f"{args.checkpoint_path or args.tokenizer_path}: {args.dataset_path}, batches of {args.batch_size}"
-    write_plot(args, title, plots.accuracies(results))
     if not args.json:
         print("\n".join(lines))
+    title = f"{args.checkpoint_path or args.tokenizer_path}: {args.dataset_path}, batches of {args.batch_size}"
+    write_plot(args, title, plots.accuracies(results))
 
 
 def _check_accuracy(results: "Sequence[LambadaResult]", threshold: float | None) -> int:

@@ -52,9 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from hasten.bench.load.plot import write_plot
     from hasten.bench.load.report import notes, show
 
-    for file in (args.output_path, args.plot):
-        report.require_writable(file)
-    png.require_png(args.plot)
+    report.require_writable(args.output_path, args.plot)
+    png.require_picture(args.plot)
     options, workload = _load_options(args), _workload_options(args)
     results: list[LoadResult] = []
     full: dict[str, Any] = {}
@@ -65,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
             if args.output_path is not None:
                 report.write_json(args.output_path, full)
     title = f"{args.api} at {target.address}, model {target.options.model}"
-    if args.plot is not None:
-        write_plot(args.plot, title, results)
     if args.json:
         report.print_json(full)
-        return 0
-    show(title, results)
-    for line in notes(results):
-        print(line)
+    else:
+        show(title, results)
+        for line in notes(results):
+            print(line)
+    if args.plot is not None:
+        write_plot(args.plot, title, results)
     return 0
 
 

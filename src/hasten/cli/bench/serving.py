@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
         turns = serving.measure(llm, server, load, args.peer)
         environment = report.environment(llm.device, llm.dtype)
     write(args, {"environment": environment, "start_s": server.start_s, "results": turns})
-    write_plot(args, f"{args.model}: a server and its engine", plots.turns(turns))
     if not args.json:
         title = f"{load.prompt_length} tokens in, {load.output_length} out, {environment.dtype} on {environment.device}"
         serving.show(title, server.start_s, turns)
+    write_plot(args, f"{args.model}: a server and its engine", plots.turns(turns))
     return 0

@@ -92,9 +92,9 @@ def run_throughput(args: argparse.Namespace) -> int:
     write_measured(args, measured, summary)
     first = results[0]
     title = f"{args.model}, {first.workload}: {first.requests} requests, {first.prompt_tokens} tokens in, "
-    write_plot(args, f"{title}{first.output_tokens} out", plots.throughputs(results))
     if not args.json:
         throughput.show(results)
+    write_plot(args, f"{title}{first.output_tokens} out", plots.throughputs(results))
     return show_not_measured(args, measured)
 
 
@@ -114,7 +114,7 @@ def run_latency(args: argparse.Namespace) -> int:
         ]
     write_measured(args, measured, {"results": results, "speedups": latency.speedups(results)})
     title = f"{args.model}: {args.prompt_length} tokens in, {args.output_length} out"
-    write_plot(args, title, plots.latencies(results), columns=len(args.batch_sizes))
     if not args.json:
         latency.show(results)
+    write_plot(args, title, plots.latencies(results), columns=len(args.batch_sizes))
     return show_not_measured(args, measured)

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     options.pop("revision", None)
     measured = startup.measure(engine.model, options, repetitions=args.repetitions, cold=args.cold)
     write(args, {"environment": measured.environment, "results": measured.starts})
-    write_plot(args, f"{args.model}: medians of {args.repetitions}", [plots.starts(measured.starts)])
     if not args.json:
         startup.show(measured)
+    write_plot(args, f"{args.model}: medians of {args.repetitions}", [plots.starts(measured.starts)])
     return 0

@@ -127,7 +127,7 @@ class Planner:
 
     def sizes(self, setup: Setup, most: int) -> Iterator[int]:
         """Numbers of ranks up to `most` that divide the model."""
-        for size in range(1, most + 1):
+        for size in range(1, min(most, self.model.attention.num_heads) + 1):
             try:
                 _parallel(replace(setup, ranks=size)).validate(self.model)
             except ConfigError:
