@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import MakeModel
-from tests.models.cases_llama import LLAMA3
+from tests.models.cases_llama import LLAMA3, YARN
 from tests.models.conftest import BOUND, Worst
 from tests.models.families import with_rope
 
@@ -26,6 +26,11 @@ from hasten.models.qwen2 import Qwen2ForCausalLM
 from hasten.models.qwen2_moe import Qwen2MoeForCausalLM
 from hasten.models.qwen3 import Qwen3ForCausalLM
 from hasten.models.qwen3_moe import Qwen3MoeForCausalLM
+
+
+def test_yarn_for_an_original_length_in_which_no_pair_turns_often(make_model: MakeModel, worst_logit: Worst) -> None:
+    rope = YARN | {"original_max_position_embeddings": 3, "beta_slow": 4.0}
+    assert worst_logit(make_model("Llama", rope_parameters=rope), [5, 33]) <= BOUND
 
 
 def test_a_dynamic_rope_is_that_of_the_longest_sequence(make_model: MakeModel, worst_logit: Worst) -> None:

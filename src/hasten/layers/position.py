@@ -73,7 +73,9 @@ def _kept_by_yarn(config: RopeConfig) -> Tensor:
     if config.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, config.width - 1)
-    ramp = (torch.arange(config.width // 2, dtype=torch.float64) - first) / max(last - first, 1e-3)
+    # below 0 where not even the slowest pair counts, as for very short original lengths
+    span = last - first or 1e-3
+    ramp = (torch.arange(config.width // 2, dtype=torch.float64) - first) / span
     return 1 - ramp.clamp(0, 1)
 
 
