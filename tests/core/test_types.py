@@ -138,6 +138,8 @@ def test_an_unknown_parameter_is_named_with_what_to_use(name: str, message: str)
     with pytest.raises(InvalidRequestError) as caught:
         SamplingParams(**cast("dict[str, Any]", {name: 1}))
     assert str(caught.value).startswith(message)
+    if name in ("best_of", "logits_processors", "guided_decoding", "truncate_prompt_tokens"):
+        assert SamplingParams(**cast("dict[str, Any]", {name: None})) == SamplingParams()
     with pytest.raises(InvalidRequestError, match="SamplingParams takes its parameters by name"):
         cast("Any", SamplingParams)(0.8)
 

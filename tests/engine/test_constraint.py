@@ -247,6 +247,10 @@ def test_a_value_that_ends_with_max_tokens_has_stopped(llm: LLM) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "GBNF": (
+        {"grammar": 'root ::= "a"'},
+        "; rules of Lark are written `name: ...`, not `name ::= ...`, and the first one is `start`",
+    ),
     "no JSON": ({"json_schema": "{"}, "json_schema cannot be compiled"),
     "no schema": ({"json_schema": "[1]"}, "json_schema cannot be compiled"),
     "unknown type": ({"json_schema": '{"type": "objct"}'}, "Invalid type: objct"),

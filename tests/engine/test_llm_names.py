@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hasten import LLM, ConfigError, InvalidRequestError, SamplingParams
@@ -136,6 +137,37 @@ def test_a_prefix_cache_that_is_reset_finds_nothing(tiny_bloom: Path, ranks: int
             llm.generate({"prompt_token_ids": prompt, "cache_salt": salt}, GREEDY)
             hits.append(llm.engine.stats.prefix_hit_tokens)
         assert [after - before for before, after in pairwise(hits[-len(salts) - 1 :])] == [0, 48, 0, 48, 48]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "value", "message"),
+    [
+        ("generate", "lora_request", object(), "merge the adapter into the checkpoint"),
+        ("generate", "priority", [1, 2], "requests begin as they come"),
+        ("generate", "prompt_token_ids", [[5]], "give token ids as prompts, a list for each"),
+        ("generate", "prompt_token_ids", np.array([[5]]), "give token ids as prompts, a list for each"),
+        ("chat", "lora_request", object(), "merge the adapter"),
+        ("chat", "chat_template_content_format", "openai", "templates get the content of a message as one text"),
+        ("embed", "tokenization_kwargs", {"truncation": True}, "give the token ids of texts"),
+        ("classify", "lora_request", 1, "merge the adapter"),
+        ("encode", "lora_request", 1, "merge the adapter"),
+    ],
+)
+def test_arguments_that_it_lacks_are_refused_with_a_reason(
+    llm: LLM, method: str, given: str, value: Any, message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{given} is not supported: {message}"):
+        getattr(llm, method)(CHAT if method == "chat" else "Anna", **{given: value})
+
+
+def test_arguments_that_ask_for_nothing_are_accepted(llm: LLM) -> None:
+    prompts: Any = {"lora_request": None, "tokenization_kwargs": None}
+    more: Any = {"priority": None, "prompt_token_ids": None}
+    format_: Any = {"chat_template_content_format": "auto"}
+    assert llm.generate("Anna", GREEDY, **prompts, **more)[0].outputs[0] == llm.generate("Anna", GREEDY)[0].outputs[0]
+    assert llm.chat(CHAT, GREEDY, **prompts, **format_)[0].outputs[0] == llm.chat(CHAT, GREEDY)[0].outputs[0]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lora_requests'"):
+        llm.generate("Anna", GREEDY, lora_requests=None)  # type: ignore[call-arg]
 
 
 def test_what_it_is_and_what_it_does_not_do(llm: LLM, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

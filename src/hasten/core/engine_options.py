@@ -10,6 +10,7 @@ from hasten.core.dtypes import KVCacheDType, Quantization
 from hasten.core.errors import ConfigError
 from hasten.core.option_fields import parse_size, require
 
+_TASK = "what a model gives follows from its checkpoint; leave it out"
 WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
     "enable_chunked_prefill": ((True, None), "long prompts are computed in chunks; see max_num_batched_tokens"),
     "disable_log_stats": (None, ""),
@@ -25,6 +26,33 @@ WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
     "tokenizer_mode": (("auto", "fast"), "the tokenizer is the checkpoint's tokenizer.json"),
     "scheduling_policy": (("fcfs",), "requests begin as they come; itl_target and LLM.generate may change that"),
     "speculative_config": ((None,), "there is no speculative decoding"),
+    "max_logprobs": (None, ""),
+    "limit_mm_per_prompt": (None, ""),
+    "task": (("auto", None), _TASK),
+    "runner": (("auto", None), _TASK),
+    "convert": (("auto", "none", None), _TASK),
+    "generation_config": (
+        ("vllm", None),
+        "SamplingParams have defaults of their own; LLM.get_default_sampling_params has the checkpoint's",
+    ),
+    "override_generation_config": (({}, None), "give SamplingParams"),
+    "hf_overrides": (({}, None), "change the checkpoint's config.json"),
+    "rope_scaling": (({}, None), "change the checkpoint's config.json"),
+    "rope_theta": ((None,), "change the checkpoint's config.json"),
+    "logits_processors": (([], (), None), "use logit_bias, allowed_token_ids, bad_words or structured_outputs"),
+    "compilation_config": (
+        ({}, None),
+        "what a device needs compiled or captured is; enforce_eager does without graphs",
+    ),
+    "structured_outputs_config": (
+        ({"backend": "auto"}, {"backend": "guidance"}, {}, None),
+        "grammars are llguidance's; max_grammar_seconds and max_grammar_memory bound them",
+    ),
+    "num_gpu_blocks_override": ((None,), "give kv_cache_memory"),
+    "distributed_executor_backend": (
+        ("mp", "uni", None),
+        "ranks are processes that LLM starts, or torchrun or mpirun",
+    ),
 }
 """Options of vLLM that choose nothing here: the values that ask for what hasten does anyway (None: any value), and why
 others are refused."""
@@ -136,3 +164,18 @@ class EngineOptions(TypedDict, total=False):
     tokenizer_mode: str
     scheduling_policy: str
     speculative_config: Any
+    max_logprobs: int | None
+    limit_mm_per_prompt: Any
+    task: str | None
+    runner: str | None
+    convert: str | None
+    generation_config: str | None
+    override_generation_config: Any
+    hf_overrides: Any
+    rope_scaling: Any
+    rope_theta: float | None
+    logits_processors: Any
+    compilation_config: Any
+    structured_outputs_config: Any
+    num_gpu_blocks_override: int | None
+    distributed_executor_backend: str | None

@@ -121,10 +121,14 @@ KEPT: Mapping[Kind, Callable[[str, Any], Any]] = {
 }
 """A value, of a parameter of this name, as it is kept; InvalidRequestError where it is of another type."""
 _Params = TypeVar("_Params", bound=type[Any])
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def with_known_names(instead: Mapping[str, str]) -> Callable[[_Params], _Params]:
-    """Let a dataclass refuse unknown arguments by name, not by a TypeError; `instead` says what to use for some."""
+    """Let a dataclass refuse unknown arguments by name, not by a TypeError; `instead` says what to use for some.
+
+    Of those that it names None is accepted: it asks for nothing.
+    """
 
     def decorate(kind: _Params) -> _Params:
         original, known = kind.__init__, [field.name for field in fields(kind)]
@@ -132,6 +136,7 @@ def with_known_names(instead: Mapping[str, str]) -> Callable[[_Params], _Params]
         @functools.wraps(original)
         def init(self: Any, *args: Any, **options: Any) -> None:
             require(not args, f"{kind.__name__} takes its parameters by name, got {', '.join(map(repr, args)):.80}")
+            options = {name: value for name, value in options.items() if value is not None or name not in instead}
             for name in options:
                 if name not in known:
                     near = difflib.get_close_matches(name, known, 1)
@@ -145,3 +150,49 @@ def with_known_names(instead: Mapping[str, str]) -> Callable[[_Params], _Params]
         return kind
 
     return decorate
+
+
+_Accepted = Mapping[str, tuple[tuple[object, ...], str]]
+"""Arguments of vLLM's by name: the values that ask for what hasten does anyway, and why others are refused."""
+
+
+def with_accepted_names(accepted: _Accepted) -> Callable[[_Method], _Method]:
+    """Let a method take arguments that it does not have, for the values that choose nothing; others are refused."""
+
+    def decorate(method: _Method) -> _Method:
+        @functools.wraps(method)
+        def checked(*args: Any, **options: Any) -> Any:
+            for name in accepted.keys() & options.keys():
+                value, (values, reason) = options.pop(name), accepted[name]
+                plain = isinstance(value, int | str | dict | None)  # others may not say whether they are equal
+                require(plain and value in values, f"{name} is not supported: {reason}")
+            return method(*args, **options)
+
+        return checked  # type: ignore[return-value]  # it has the method's own arguments, too
+
+    return decorate
+
+
+_NOTHING = (None,)
+_OF_PROMPTS: _Accepted = {
+    "lora_request": (_NOTHING, "merge the adapter into the checkpoint"),
+    "tokenization_kwargs": ((None, {}), "give the token ids of texts that are tokenized otherwise"),
+}
+OF_TEXTS: _Accepted = {
+    **_OF_PROMPTS,
+    "prompt_token_ids": (_NOTHING, "give token ids as prompts, a list for each"),
+}
+"""Of methods that take prompts."""
+OF_GENERATE: _Accepted = {
+    **OF_TEXTS,
+    "priority": ((None, 0), "requests begin as they come, or with the greatest max_tokens"),
+    "trace_headers": (_NOTHING, "a server takes them as headers of its requests"),
+    "data_parallel_rank": (_NOTHING, "this is one engine"),
+}
+"""Of `generate`."""
+OF_CHAT: _Accepted = {
+    **_OF_PROMPTS,
+    "chat_template_content_format": ((None, "auto", "string"), "templates get the content of a message as one text"),
+    "mm_processor_kwargs": ((None, {}), "models read text alone"),
+}
+"""Of `chat`."""

@@ -30,6 +30,7 @@ from hasten.core.types import (
     RequestOutput,
     SamplingParams,
 )
+from hasten.core.values import OF_GENERATE, with_accepted_names
 from hasten.engine.llm import LLM, output_copy, prompt_request
 from hasten.engine.pooling import generates_text
 from hasten.engine.prompts import ParsedPrompt, Prompt, given_prompts, params_for_each, parse_prompts
@@ -151,6 +152,7 @@ class AsyncLLM:
         """EngineError where it takes no requests."""
         self._check_open()
 
+    @with_accepted_names(OF_GENERATE)
     async def generate(
         self,
         prompt: Prompt,
@@ -174,6 +176,7 @@ class AsyncLLM:
             async for output in outputs:
                 yield output
 
+    @with_accepted_names(OF_GENERATE)
     async def encode(
         self, prompt: Prompt, pooling_params: PoolingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[PoolingRequestOutput[Any], None]:

@@ -19,6 +19,7 @@ other, and a grammar of the greatest length has been seen to need more than the 
 process."""
 _OUT_OF_FUEL = "lexer precomputation failed"
 """What the compiler says of expressions beyond its own limit, with advice for its callers."""
+_OF_GBNF = "rules of Lark are written `name: ...`, not `name ::= ...`, and the first one is `start`"
 _WHITESPACE = " "
 """At most this between JSON's marks: small models may never leave whitespace by themselves."""
 _KINDS = ("json_schema", "regex", "grammar", "choice")
@@ -76,6 +77,8 @@ class GrammarText:
             message = one_line(matcher.get_error())
             if _OUT_OF_FUEL in message:
                 raise InvalidRequestError(f"{self.kind} is too expensive: its expressions have too many states")
+            if self.kind == "grammar" and "::=" in self.text:
+                message = f"{message}; {_OF_GBNF}"
             raise InvalidRequestError(f"{self.kind} cannot be compiled: {message}")
         begun = matcher.deep_copy()
         begun.compute_bitmask()

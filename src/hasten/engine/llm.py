@@ -24,6 +24,7 @@ from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
 from hasten.core.model_config import ModelConfig
 from hasten.core.progress import ProgressBar, progress_bar
 from hasten.core.types import Request, RequestOutput, SamplingParams
+from hasten.core.values import OF_CHAT, OF_GENERATE, with_accepted_names
 from hasten.engine import launch
 from hasten.engine.engine import Engine
 from hasten.engine.llm_pooling import PoolingMethods
@@ -192,6 +193,7 @@ class LLM(PoolingMethods):
         self.engine.reset_prefix_cache()
         return True
 
+    @with_accepted_names(OF_GENERATE)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -226,6 +228,7 @@ class LLM(PoolingMethods):
         _log.debug("%d prompts in %.2f s", len(ids), time.perf_counter() - start)
         return [finished[request_id] for request_id in ids]
 
+    @with_accepted_names(OF_CHAT)
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
@@ -271,6 +274,7 @@ class LLM(PoolingMethods):
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    @with_accepted_names(OF_GENERATE)
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -20,6 +20,7 @@ from hasten.core.types import (
     Request,
     ScoringOutput,
 )
+from hasten.core.values import OF_TEXTS, with_accepted_names
 from hasten.engine.engine import Engine
 from hasten.engine.fill_mask import target_ids, with_texts
 from hasten.engine.pooling import Pooler, generates_text
@@ -56,6 +57,7 @@ class PoolingMethods(ABC):
         classifier = self.engine.model_config.classifier
         return () if classifier is None else classifier.labels
 
+    @with_accepted_names(OF_TEXTS)
     def embed(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -74,6 +76,7 @@ class PoolingMethods(ABC):
         outputs = self._pooled(prompts, params, use_tqdm=use_tqdm, prompt_name=prompt_name, prompt=prompt)
         return cast("list[PoolingRequestOutput[EmbeddingOutput]]", outputs)
 
+    @with_accepted_names(OF_TEXTS)
     def classify(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -87,6 +90,7 @@ class PoolingMethods(ABC):
         outputs = self._pooled(prompts, params, use_tqdm=use_tqdm)
         return cast("list[PoolingRequestOutput[ClassificationOutput]]", outputs)
 
+    @with_accepted_names(OF_TEXTS)
     def encode(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -135,6 +139,7 @@ class PoolingMethods(ABC):
             found.candidates = with_texts(tokenizer, output.prompt_token_ids, found.candidates)
         return outputs
 
+    @with_accepted_names(OF_TEXTS)
     def score(
         self,
         queries: str | Sequence[str],
