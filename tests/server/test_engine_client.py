@@ -347,6 +347,6 @@ def test_what_keeps_an_engine_from_starting(run: Any, demo_model: Path, tmp_path
 
 def test_more_engines_than_a_machine_can_run_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.server.engine.client.available_cpus", lambda: 12)
-    monkeypatch.delattr(EngineClient, "_replica")
+    monkeypatch.delattr("hasten.server.engine.client.Replica")
     with pytest.raises(ConfigError, match=r"data_parallel_size is 13, the maximum on this machine is 12: .* 12 CPUs"):
         asyncio.run(EngineClient.start(EngineConfig.create("m"), engines=13))

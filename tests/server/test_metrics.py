@@ -278,8 +278,8 @@ def test_the_processors_and_the_memory_are_those_of_the_machine() -> None:
         total += number
     reading = meter.read()
     assert total
-    assert 0 <= reading.utilization <= 1
-    assert 0 < reading.memory_used < reading.memory_total
+    assert 0 <= reading["nv_cpu_utilization"] <= 1
+    assert 0 < reading["nv_cpu_memory_used_bytes"] < reading["nv_cpu_memory_total_bytes"]
 
 
 class NVMLError(Exception):
@@ -315,14 +315,14 @@ def test_gpus_are_told_where_there_are_any(service: Counted, monkeypatch: pytest
     energy = [5000.0]
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(energy))
     meter = GpuMeter()
-    assert meter.read()["GPU-1"]["energy"] == 0
+    assert meter.read()["GPU-1"]["nv_energy_consumption"] == 0
     energy[0] = 8000.0
     assert meter.read()["GPU-1"] == {
-        "utilization": 0.5,
-        "memory_total": 2000,
-        "memory_used": 500,
-        "power_usage": 70,
-        "energy": 3,
+        "nv_gpu_utilization": 0.5,
+        "nv_gpu_memory_total_bytes": 2000,
+        "nv_gpu_memory_used_bytes": 500,
+        "nv_gpu_power_usage": 70,
+        "nv_energy_consumption": 3,
     }
     _, samples = exposed(service)
     assert samples["nv_gpu_memory_used_bytes", (("gpu_uuid", "GPU-1"),)] == 500

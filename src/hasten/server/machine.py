@@ -8,7 +8,6 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,33 +19,24 @@ _IDLE = (3, 4)
 """Columns of /proc/stat in which a processor does nothing: idle and iowait."""
 
 
-@dataclass(frozen=True)
-class CpuReading:
-    """Of all processors since the reading before; memory in bytes."""
-
-    utilization: float
-    memory_total: int
-    memory_used: int
-
-
 class CpuMeter:
     """Reads /proc; where there is none, all is 0."""
 
     def __init__(self) -> None:
         self._before = _ticks()
 
-    def read(self) -> CpuReading:
-        """What has been since the last reading."""
+    def read(self) -> Mapping[str, float]:
+        """By the names of metrics, what has been since the last reading; memory in bytes."""
         now = _ticks()
         idle, total = (new - old for new, old in zip(now, self._before, strict=True))
         self._before = now
         memory = _memory()
         total_memory = memory.get("MemTotal", 0)
-        return CpuReading(
-            utilization=1 - idle / total if total > 0 else 0.0,
-            memory_total=total_memory,
-            memory_used=total_memory - memory.get("MemAvailable", total_memory),
-        )
+        return {
+            "nv_cpu_utilization": 1 - idle / total if total > 0 else 0.0,
+            "nv_cpu_memory_total_bytes": total_memory,
+            "nv_cpu_memory_used_bytes": total_memory - memory.get("MemAvailable", total_memory),
+        }
 
 
 def _read(name: str) -> str:
@@ -89,18 +79,18 @@ class GpuMeter:
         return [str(self._nvml.nvmlDeviceGetName(handle)) for handle in self._handles()]
 
     def read(self) -> Mapping[str, Mapping[str, float]]:
-        """By each GPU's UUID, what it tells: a share, bytes, watts, joules since the first reading."""
+        """By each GPU's UUID and the names of metrics: a share, bytes, watts, joules since the first reading."""
         return {str(self._nvml.nvmlDeviceGetUUID(handle)): self._values(handle) for handle in self._handles()}
 
     def _values(self, handle: Any) -> dict[str, float]:
         nvml = self._nvml
         readers: dict[str, Callable[[], float]] = {
-            "utilization": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-            "memory_total": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total,
-            "memory_used": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
-            "power_usage": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "power_limit": lambda: nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
-            "energy": lambda: self._energy(handle),
+            "nv_gpu_utilization": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+            "nv_gpu_memory_total_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total,
+            "nv_gpu_memory_used_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
+            "nv_gpu_power_usage": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "nv_gpu_power_limit": lambda: nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
+            "nv_energy_consumption": lambda: self._energy(handle),
         }
         values: dict[str, float] = {}
         for name, reader in readers.items():

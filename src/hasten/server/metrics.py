@@ -5,7 +5,7 @@ Counters are there, at 0, from the moment a model is loaded.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import methodcaller
 from typing import TYPE_CHECKING
@@ -30,20 +30,18 @@ if TYPE_CHECKING:
 Key = tuple[str, str]
 """Model and version."""
 
-_CPU: Sequence[Metric] = (
-    Metric("utilization", "gauge", "CPU utilization rate [0.0 - 1.0]", "utilization"),
-    Metric("memory_total_bytes", "gauge", "CPU total memory (RAM), in bytes", "memory_total"),
-    Metric("memory_used_bytes", "gauge", "CPU used memory (RAM), in bytes", "memory_used"),
-)
-_GPU: Sequence[Metric] = tuple(
-    Metric(name, kind, text, methodcaller("get", key))
-    for key, name, kind, text in (
-        ("utilization", "nv_gpu_utilization", "gauge", "GPU utilization rate [0.0 - 1.0)"),
-        ("memory_total", "nv_gpu_memory_total_bytes", "gauge", "GPU total memory, in bytes"),
-        ("memory_used", "nv_gpu_memory_used_bytes", "gauge", "GPU used memory, in bytes"),
-        ("power_usage", "nv_gpu_power_usage", "gauge", "GPU power usage in watts"),
-        ("power_limit", "nv_gpu_power_limit", "gauge", "GPU power management limit in watts"),
-        ("energy", "nv_energy_consumption", "counter", "GPU energy consumption in joules since the server started"),
+_MACHINE: Sequence[Metric] = tuple(
+    Metric(name, kind, text, methodcaller("get", name))
+    for name, kind, text in (
+        ("nv_cpu_utilization", "gauge", "CPU utilization rate [0.0 - 1.0]"),
+        ("nv_cpu_memory_total_bytes", "gauge", "CPU total memory (RAM), in bytes"),
+        ("nv_cpu_memory_used_bytes", "gauge", "CPU used memory (RAM), in bytes"),
+        ("nv_gpu_utilization", "gauge", "GPU utilization rate [0.0 - 1.0)"),
+        ("nv_gpu_memory_total_bytes", "gauge", "GPU total memory, in bytes"),
+        ("nv_gpu_memory_used_bytes", "gauge", "GPU used memory, in bytes"),
+        ("nv_gpu_power_usage", "gauge", "GPU power usage in watts"),
+        ("nv_gpu_power_limit", "gauge", "GPU power management limit in watts"),
+        ("nv_energy_consumption", "counter", "GPU energy consumption in joules since the server started"),
     )
 )
 _TRITON: Sequence[Metric] = (
@@ -87,7 +85,7 @@ _ENGINE: Sequence[Metric] = (
     Metric("requests_refused_total", "counter", "Requests that were not begun, by the reason",
            lambda engine: {reason: engine.refused[reason] for reason in QUEUE_REASONS}, "reason"),
     Metric("token_delivery_seconds", "histogram", "Time that tokens took from the engine's process to the server's "
-           "(stage socket) and to all streams (write)", lambda engine: engine.delivery.stages(), "stage"),
+           "(stage socket) and to all streams (write)", lambda engine: vars(engine.delivery), "stage"),
     Metric("estimated_wait_seconds", "gauge", "Estimated time until a request of default priority that came now would "
            "be begun", lambda engine: engine.estimated_wait()),
 )  # fmt: skip
@@ -148,10 +146,12 @@ class Machine:
         """As they were at the last measurement."""
         if time.monotonic() - self._read_at >= self._interval:
             self._read_at = time.monotonic()
-            cpu = () if self._cpu is None else families("nv_cpu_", _CPU, [({}, self._cpu.read())])
-            gpus = {} if self._gpus is None else self._gpus.read()
-            of_gpus = [({"gpu_uuid": uuid}, values) for uuid, values in gpus.items()]
-            self._families = [*cpu, *families("", _GPU, of_gpus)]
+            read: list[tuple[Labels, Mapping[str, float]]] = []
+            if self._cpu is not None:
+                read.append(({}, self._cpu.read()))
+            if self._gpus is not None:
+                read += [({"gpu_uuid": uuid}, values) for uuid, values in self._gpus.read().items()]
+            self._families = [family for family in families("", _MACHINE, read) if family.samples]
         return self._families
 
 

@@ -29,7 +29,6 @@ from hasten.server.engine.queue import (
 )
 from hasten.server.engine.replica import Replica
 from hasten.server.engine.ticket import Ticket
-from hasten.server.engine.wire import Start
 from hasten.server.options import ServerOptions
 
 _MIN_ENGINE_LIMIT = 8
@@ -66,24 +65,12 @@ class EngineClient(Intake):
         """What its requests took, by engine."""
         self.delivery = Delivery()
         self._queue = RequestQueue(limits, engines)
-        self.replicas = [self._replica(index, stall_timeout) for index in range(engines)]
+        self.replicas = [Replica(self, requests, engines, stall_timeout) for requests in self._queue.engines]
         """Each of the engines."""
         self._closing: asyncio.Task[None] | None = None
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-
-    def _replica(self, index: int, stall_timeout: float) -> Replica:
-        engines = self._queue.engines
-        config = self.config if index == 0 else replace(self.config, progress_bars=False)
-        return Replica(
-            Start(config, index, len(engines)),
-            engines[index],
-            self,
-            name=self.name if len(engines) == 1 else f"{self.name}, replica {index}",
-            stall_timeout=stall_timeout,
-            delivery=self.delivery,
-        )
 
     @classmethod
     async def start(

@@ -18,18 +18,39 @@ from hasten.server.engine.wire import Add, EngineInfo, framed
 from hasten.server.tokenizing import check_entries, check_prompt_logprobs, check_words, tokenizing
 
 
-class LoadedModel:
-    """What the engines of one model have loaded: what they are, and the tokenizer of their texts.
+def _tokenizer(folder: str) -> Tokenizer:
+    """A folder's tokenizer, with what the first text would else wait for."""
+    tokenizer = Tokenizer.from_folder(folder)
+    _ = tokenizer.most_bytes_per_token
+    return tokenizer
 
-    Nothing is known until the first engine is there; `_foresee` begins to load the tokenizer before.
+
+_SHORT_PROMPT = 256
+"""Tokens of prompts of which a thousand may begin at once: it takes some ten milliseconds."""
+_FEW_WORDS = 8
+"""Which are tokenized at once."""
+_MOST_COMPLETIONS = 1024
+"""Of one request: each is a sequence in the engine from the end of its prompt on."""
+_MOST_LOGPROBS = 1024
+"""Of one token."""
+
+
+class Intake:
+    """Makes tickets of requests to the `engines` engines of one model. QueueError where tokenizing has no room.
+
+    Nothing is known of the model until the first engine has loaded it; `_foresee` begins to load the tokenizer before.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, limits: QueueLimits, engines: int) -> None:
         self.config = config
         self.info: EngineInfo
         """What its engines are, which are alike: the cache's blocks are those of all."""
         self.tokenizer: Tokenizer | None = None
         """Of its texts; None where the model has none."""
+        self._limits = limits
+        self._engines = engines
+        self._numbers = 0
+        self._beginning = asyncio.Lock()
         self._started = False
         """Whether all engines have been there: from then on each that comes is a new process of an old one."""
         self._foreseen: tuple[str, asyncio.Task[Tokenizer]] | None = None
@@ -62,34 +83,6 @@ class LoadedModel:
         if foreseen is not None and foreseen[0] == folder:
             return await foreseen[1]
         return await asyncio.to_thread(_tokenizer, folder)
-
-
-def _tokenizer(folder: str) -> Tokenizer:
-    """A folder's tokenizer, with what the first text would else wait for."""
-    tokenizer = Tokenizer.from_folder(folder)
-    _ = tokenizer.most_bytes_per_token
-    return tokenizer
-
-
-_SHORT_PROMPT = 256
-"""Tokens of prompts of which a thousand may begin at once: it takes some ten milliseconds."""
-_FEW_WORDS = 8
-"""Which are tokenized at once."""
-_MOST_COMPLETIONS = 1024
-"""Of one request: each is a sequence in the engine from the end of its prompt on."""
-_MOST_LOGPROBS = 1024
-"""Of one token."""
-
-
-class Intake(LoadedModel):
-    """Makes tickets of requests to the `engines` engines of one model. QueueError where tokenizing has no room."""
-
-    def __init__(self, config: EngineConfig, limits: QueueLimits, engines: int) -> None:
-        super().__init__(config)
-        self._limits = limits
-        self._engines = engines
-        self._numbers = 0
-        self._beginning = asyncio.Lock()
 
     def _check(self, params: SamplingParams) -> None:
         """InvalidRequestError where the model does not generate text, or each token would take long."""

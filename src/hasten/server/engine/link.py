@@ -33,10 +33,6 @@ class Delivery:
     write: Histogram = field(default_factory=lambda: Histogram(_DELIVERY_S))
     """From there until all streams have been given theirs."""
 
-    def stages(self) -> dict[str, Histogram]:
-        """By the names that they have in metrics."""
-        return {"socket": self.socket, "write": self.write}
-
 
 class EngineLink(asyncio.Protocol):
     """One engine's process and the socket to it. Made by `open`."""

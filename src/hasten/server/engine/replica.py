@@ -10,7 +10,7 @@ from hasten.core.errors import EngineError, error_of
 from hasten.engine.stats import EngineStats
 from hasten.server.engine.assigned import AssignedRequests
 from hasten.server.engine.counters import EngineCounters
-from hasten.server.engine.link import Delivery, EngineLink
+from hasten.server.engine.link import EngineLink
 from hasten.server.engine.ticket import Ticket
 from hasten.server.engine.wire import Abort, EngineInfo, Expire, Output, Start, Step
 
@@ -25,27 +25,20 @@ _log = logging.getLogger(__name__)
 class Replica:
     """One engine. `start` starts its process, which then comes back until `close`."""
 
-    def __init__(
-        self,
-        start: Start,
-        requests: AssignedRequests,
-        owner: "EngineClient",
-        *,
-        name: str,
-        stall_timeout: float,
-        delivery: Delivery,
-    ) -> None:
-        self.name = name
+    def __init__(self, owner: "EngineClient", requests: AssignedRequests, count: int, stall_timeout: float) -> None:
+        """One of `count` engines of `owner`'s model, the one of `requests`."""
+        index = requests.index
+        self.name = owner.name if count == 1 else f"{owner.name}, replica {index}"
         self.requests = requests
         self.info: EngineInfo
         self.restarts = 0
         """Times that a dead process was started again."""
         self.link: EngineLink | None = None
         """The process that is ready, if there is one."""
-        self._start = start
+        config = owner.config if index == 0 else replace(owner.config, progress_bars=False)
+        self._start = Start(config, index, count)
         self._owner = owner
         self._stall_timeout = stall_timeout
-        self._delivery = delivery
         self._keeper: asyncio.Task[None] | None = None
         """Starts the process again when it has died."""
         self._watcher: asyncio.Task[None] | None = None
@@ -163,7 +156,7 @@ class Replica:
     async def _launch(self) -> EngineLink:
         """Start a process and wait until it is ready."""
         began = time.monotonic()
-        link = await EngineLink.open(self._start, self.on_steps, self._delivery)
+        link = await EngineLink.open(self._start, self.on_steps, self._owner.delivery)
         try:
             info = await asyncio.shield(link.info)
             self.info = replace(info, load_seconds=time.monotonic() - began)

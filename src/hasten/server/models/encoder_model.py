@@ -26,7 +26,7 @@ from hasten.server.json_size import check_json_size
 from hasten.server.models.config import parameter, wrong
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, ENCODER_TYPES, POOLING_KINDS, Kind
 from hasten.server.models.model import DependentModel, EngineModel
-from hasten.server.models.work import Outcome, Work
+from hasten.server.models.work import Outcome, Work, decoded
 from hasten.server.pooling.call import Numbers, PoolingCall, Result
 from hasten.server.pooling.texts import TextReader
 from hasten.server.pooling.types import check_count
@@ -241,7 +241,4 @@ def _vllm_request(work: Work) -> _VllmRequest | None:
 
 
 def _texts(work: Work, name: str) -> list[str]:
-    try:
-        return [bytes(text).decode() for text in work.inputs[name].data.ravel().tolist()]
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"input '{name}' is not UTF-8: {error}") from None
+    return [decoded(text, name) for text in work.inputs[name].data.ravel().tolist()]

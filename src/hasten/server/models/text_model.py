@@ -33,7 +33,7 @@ from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS
 from hasten.server.models.model import DependentModel
 from hasten.server.models.sampling import sampling_options
 from hasten.server.models.token_inputs import end_options, sampling
-from hasten.server.models.work import Outcome, Work
+from hasten.server.models.work import Outcome, Work, decoded
 from hasten.server.types import ErrorKind, ServiceError, Tensor, Texts, invalid
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _tensorrt_llm(inputs: Mapping[str, Tensor], info: EngineInfo) -> dict[str, A
         if name in given:
             values["seed"] = given[name][0]
     for name, option in (("stop_words", "stop"), ("bad_words", "bad_words")):
-        words = [_decode(word, name) for word in given.get(name, ())]
+        words = [decoded(word, name) for word in given.get(name, ())]
         values[option] = [word for word in words if word]
     values |= end_options(given["end_id"][0] if "end_id" in given else None, info)
     values |= _guide(given)
@@ -159,14 +159,14 @@ def _guide(given: Mapping[str, Any]) -> dict[str, Any]:
         if _GUIDE in given:
             raise invalid(f"input '{_GUIDE}' needs '{_GUIDE_TYPE}'")
         return {}
-    kind = _decode(given[_GUIDE_TYPE][0], _GUIDE_TYPE)
+    kind = decoded(given[_GUIDE_TYPE][0], _GUIDE_TYPE)
     if kind == "json":
         return {"json_schema": ANY_OBJECT}
     if kind not in ("json_schema", "regex"):
         raise invalid(f"input '{_GUIDE_TYPE}' must be json, json_schema or regex, got {kind!r:.80}")
     if _GUIDE not in given:
         raise invalid(f"input '{_GUIDE_TYPE}' {kind} needs '{_GUIDE}'")
-    return {kind: _decode(given[_GUIDE][0], _GUIDE)}
+    return {kind: decoded(given[_GUIDE][0], _GUIDE)}
 
 
 def _choice(top_k: int, top_p: float, temperature: float) -> dict[str, Any]:
@@ -179,14 +179,7 @@ def _choice(top_k: int, top_p: float, temperature: float) -> dict[str, Any]:
 
 
 def _text(tensor: Tensor) -> str:
-    return _decode(tensor.data.ravel()[0], tensor.name)
-
-
-def _decode(data: Any, name: str) -> str:
-    try:
-        return bytes(data).decode()
-    except UnicodeDecodeError as error:
-        raise invalid(f"input '{name}' is not UTF-8: {error}") from None
+    return decoded(tensor.data.ravel()[0], tensor.name)
 
 
 class TextModel(DependentModel):

@@ -87,6 +87,14 @@ class Work:
         return {name: value for name, value in self.parameters.items() if name in known}
 
 
+def decoded(text: bytes, name: str) -> str:
+    """An element of an input of BYTES as text; ServiceError where it is not UTF-8."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise invalid(f"input '{name}' is not UTF-8: {error}") from None
+
+
 @dataclass
 class Outcome:
     """One response to a request."""
