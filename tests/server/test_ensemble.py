@@ -163,7 +163,7 @@ def test_a_refusal_to_tokenize_is_the_token_models(demo: Running, monkeypatch: p
 
 def test_a_refusal_of_a_step_is_counted_as_one_of_the_ensemble(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizing, "_MAX_WAITING", 0)
-    failures = demo.service.counters.of("ensemble", "1").failures
+    failures = demo.service.counters["ensemble", "1"].failures
     before = failures[FailureReason.REJECTED]
     demo.refused(asked(TEXTS))
     assert failures[FailureReason.REJECTED] == before + 1

@@ -781,6 +781,6 @@ def test_what_nobody_foresaw_is_logged_and_not_shown(bench: Bench, caplog: pytes
         assert kind is ErrorKind.INTERNAL
         assert message == f"{prefix}model 'm' failed; the server's log says more"
     assert "a secret of the server" in caplog.text
-    assert bench.service.counters.of("m", "1").failures[FailureReason.OTHER] == 2
+    assert bench.service.counters["m", "1"].failures[FailureReason.OTHER] == 2
     bench.engines.started[0].fault = None
     assert bench.answer("z") == [7, 8, 9, 10]

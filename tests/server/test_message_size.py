@@ -84,7 +84,7 @@ def many(**counts: int) -> bytes:
 
 
 def read(raw: bytes) -> InferRequest:
-    return infer_request(*parsed_infer(raw), SharedMemory().reading(InflightBytes().claim()))
+    return infer_request(*parsed_infer(raw), SharedMemory().reader(InflightBytes().claim()))
 
 
 @pytest.mark.parametrize(

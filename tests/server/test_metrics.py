@@ -112,9 +112,9 @@ class Counted:
 @pytest.fixture
 def service() -> Counted:
     service = Counted()
-    service.counters.of("tokens", "1").language = LanguageCounters()
+    service.counters["tokens", "1"].language = LanguageCounters()
     for name in ("streams", "gone"):
-        service.counters.of(name, "2")
+        service.counters[name, "2"]
     stats = EngineStats(running=3, waiting=4, used_blocks=5, num_blocks=20, preemptions=6, prefix_hit_tokens=7)
     stats = replace(stats, mixed_steps=12, limited_steps=3, mixed_seconds=0.5, predicted_mixed_seconds=0.25)
     parts = [Engine(replace(stats, running=running, used_blocks=4 * running)) for running in (1, 2)]
@@ -181,7 +181,7 @@ def test_counters_are_there_at_0_from_the_start(service: Counted) -> None:
 
 
 def test_what_was_counted_is_exposed(service: Counted) -> None:
-    counters = service.counters.of("tokens", "1")
+    counters = service.counters["tokens", "1"]
     counters.durations.add("success", 3_000_000)
     counters.durations.add("queue", 5000)
     counters.failures[FailureReason.REJECTED] += 2
@@ -224,7 +224,7 @@ def test_what_was_counted_is_exposed(service: Counted) -> None:
 
 
 def test_histograms_are_cumulative(service: Counted) -> None:
-    language = service.counters.of("tokens", "1").language
+    language = service.counters["tokens", "1"].language
     assert language is not None
     for seconds in (0.005, 0.006, 0.3, 1000):
         language.of(0).time_to_first_token.observe(seconds)
@@ -246,7 +246,7 @@ def test_only_decoupled_models_have_a_time_to_the_first_response(service: Counte
     _, samples = exposed(service)
     models = {dict(labels)["model"] for name, labels in samples if name.startswith("nv_inference_first_response")}
     assert models == {"streams"}
-    service.counters.of("gone", "2").first_response_ms.observe(7)  # it was, before it was unloaded
+    service.counters["gone", "2"].first_response_ms.observe(7)  # it was, before it was unloaded
     _, samples = exposed(service)
     assert samples["nv_inference_first_response_histogram_ms_count", of("gone", "2")] == 1
 

@@ -718,7 +718,7 @@ def test_an_engine_that_dies_is_an_error_in_the_stream_and_comes_back(site: Site
 
 
 def test_requests_are_counted(site: Site, client: openai.OpenAI) -> None:
-    counters = site.service.counters.of("tokens", "1").language
+    counters = site.service.counters["tokens", "1"].language
     assert counters is not None
     before = counters.total
     extra = {"ignore_eos": True}

@@ -353,7 +353,7 @@ def test_more_than_may_wait_is_refused(site: Site) -> None:
 
 
 def test_they_are_counted(site: Site) -> None:
-    counters = site.service.counters.of("embedder-ids", "1").language
+    counters = site.service.counters["embedder-ids", "1"].language
     assert counters is not None
     before = counters.total
     post(site, "/v1/embeddings", model="embedder", input=["the", "a garden"])

@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from hasten.core.errors import ConfigError
 from hasten.server.listeners import open_port
-from hasten.server.security import ApiKeys, TlsFiles
+from hasten.server.security import ApiKeys, Tls
 
 KEY, OTHER = "key-one", "zweiter-schlüssel"
 
@@ -132,8 +132,8 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tls(pki: Path, *, mutual: bool) -> TlsFiles:
-    created = TlsFiles.create(str(pki / "server.pem"), str(pki / "server.key"), str(pki / "ca.pem") if mutual else None)
+def tls(pki: Path, *, mutual: bool) -> Tls:
+    created = Tls.create(str(pki / "server.pem"), str(pki / "server.key"), str(pki / "ca.pem") if mutual else None)
     assert created is not None
     return created
 
@@ -179,12 +179,12 @@ def test_mutual_tls_wants_a_certificate_of_the_authority(pki: Path, who: str | N
 
 
 def test_tls_needs_files_that_are_there(pki: Path) -> None:
-    assert TlsFiles.create(None, None, None) is None
+    assert Tls.create(None, None, None) is None
     for certificate, key in ((None, "x"), ("x", None), (None, None)):
         with pytest.raises(ConfigError, match="TLS needs both --tls-certificate and --tls-key"):
-            TlsFiles.create(certificate, key, "ca")
+            Tls.create(certificate, key, "ca")
     with pytest.raises(ConfigError, match=r"cannot read .*nothing"):
-        TlsFiles.create(str(pki / "server.pem"), str(pki / "nothing"), None)
+        Tls.create(str(pki / "server.pem"), str(pki / "nothing"), None)
 
 
 def test_files_that_do_not_fit_are_an_error(pki: Path) -> None:
@@ -193,7 +193,7 @@ def test_files_that_do_not_fit_are_an_error(pki: Path) -> None:
     server, key = str(pki / "server.pem"), str(pki / "server.key")
     for files in ((server, str(pki / "client.key"), None), (server, str(locked), None), (server, key, key)):
         with pytest.raises(ConfigError, match="TLS certificate, key or authority cannot be used"):
-            TlsFiles.create(*files)
+            Tls.create(*files)
 
 
 @pytest.mark.parametrize(

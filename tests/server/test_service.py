@@ -158,7 +158,7 @@ ENSEMBLE = InferRequest(
 
 @pytest.mark.parametrize("request_", [token_request(PROMPTS, LONGEST, end_id=NEVER), TEXT, ENSEMBLE])
 def test_closing_a_stream_withdraws_the_request(streaming: Running, request_: InferRequest) -> None:
-    counters = streaming.service.counters.of(request_.model, "1")
+    counters = streaming.service.counters[request_.model, "1"]
 
     async def leave() -> int:
         for _ in attempts("a first response while the engine computes the next one"):
@@ -255,7 +255,7 @@ def test_queue_limits_timeouts_and_priorities() -> None:
     try:
         service = running.service
         long, short = token_request([[5]], 1500, end_id=NEVER), token_request([[6]], 1)
-        failures = service.counters.of("fastertransformer", "1").failures
+        failures = service.counters["fastertransformer", "1"].failures
 
         def prioritized(priority: int) -> InferRequest:
             request = token_request([[6]], 1)
@@ -380,7 +380,7 @@ def test_a_killed_engine_fails_what_it_computed_and_comes_back() -> None:
             assert states["fastertransformer"] == ("UNAVAILABLE", "its engine is starting again")
 
         running.run(kill())
-        assert service.counters.of("fastertransformer", "1").failures[FailureReason.BACKEND] == 1
+        assert service.counters["fastertransformer", "1"].failures[FailureReason.BACKEND] == 1
         until(running, service.is_ready)
         assert running.infer(token_request(PROMPTS, 4))["sequence_length"] == [[8], [5]]
     finally:

@@ -146,11 +146,11 @@ def test_inputs_of_a_request_are_bounded_in_all(memory: SharedMemory, path: Path
     memory = SharedMemory(allowed=True, max_request_bytes=32)
     memory.register("r", NAME, 0, 64)
     where: dict[str, Parameter] = {"shared_memory_region": "r", "shared_memory_byte_size": 16}
-    reading = memory.reading(InflightBytes().claim())
-    assert reading.read("a", {}) is None
-    assert [reading.read(name, where) for name in "ab"] == 2 * [bytes(range(16))]
+    read = memory.reader(InflightBytes().claim())
+    assert read("a", {}) is None
+    assert [read(name, where) for name in "ab"] == 2 * [bytes(range(16))]
     with pytest.raises(ServiceError, match="the inputs in shared memory have more than 32 bytes"):
-        reading.read("c", where)
+        read("c", where)
 
 
 def test_inputs_count_among_the_bytes_of_all_requests(memory: SharedMemory, path: Path) -> None:
@@ -159,7 +159,7 @@ def test_inputs_count_among_the_bytes_of_all_requests(memory: SharedMemory, path
     with inflight.claim() as claim:
         claim.grow(SMALL)
         with pytest.raises(ServiceError, match="requests of 0 bytes are in flight, and the limit is 15"):
-            memory.reading(claim).read("a", {"shared_memory_region": "r", "shared_memory_byte_size": 16})
+            memory.reader(claim)("a", {"shared_memory_region": "r", "shared_memory_byte_size": 16})
 
 
 def test_regions_are_bounded_in_number_and_name(memory: SharedMemory) -> None:

@@ -106,7 +106,7 @@ def test_most_of_the_time_is_that_of_the_engine(demo: Running) -> None:
 
 
 def test_refused_before_the_model_is_not_a_failure_of_it(demo: Running) -> None:
-    counts = demo.service.counters.of("fastertransformer", "1").durations.counts
+    counts = demo.service.counters["fastertransformer", "1"].durations.counts
     before = counts["fail"]
     demo.refused(InferRequest("fastertransformer", []))
     assert counts["fail"] == before
@@ -128,7 +128,7 @@ def test_statistics_of_what_is_not_there(demo: Running) -> None:
 
 
 def test_counters_of_a_language_model(streaming: Running) -> None:
-    counters = streaming.service.counters.all()["fastertransformer", "1"]
+    counters = streaming.service.counters["fastertransformer", "1"]
     assert counters.load_seconds > 0
     language = counters.language
     assert language is not None
@@ -139,11 +139,11 @@ def test_counters_of_a_language_model(streaming: Running) -> None:
     assert (now.prompt_tokens - before.prompt_tokens, now.generation_tokens - before.generation_tokens) == (5, 10)
     assert now.time_to_first_token.count == before.time_to_first_token.count + 2
     assert counters.first_response_ms.count == responded + 1
-    assert streaming.service.counters.of("demo", "1").language is None
+    assert streaming.service.counters["demo", "1"].language is None
 
 
 def test_a_client_that_leaves_is_counted(streaming: Running) -> None:
-    counters = streaming.service.counters.of("fastertransformer", "1")
+    counters = streaming.service.counters["fastertransformer", "1"]
     before = counters.failures[FailureReason.CANCELED]
 
     async def leave() -> None:
@@ -159,6 +159,6 @@ def test_a_client_that_leaves_is_counted(streaming: Running) -> None:
 
 def test_counters_are_kept_by_model_and_version() -> None:
     counters = Counters()
-    assert counters.of("a", "1") is counters.of("a", "1")
-    counters.of("a", "2")
-    assert list(counters.all()) == [("a", "1"), ("a", "2")]
+    assert counters["a", "1"] is counters["a", "1"]
+    counters["a", "2"].pending = 1
+    assert list(counters) == [("a", "1"), ("a", "2")]

@@ -396,4 +396,4 @@ def test_malformed_requests_are_the_clients_fault(demo: Running, request_: Infer
 def test_nothing_is_left_in_the_engine(demo: Running) -> None:
     stats = engine(demo).stats
     demo.run(until(lambda: (stats().running, stats().waiting) == (0, 0)))  # what was refused is withdrawn in parts
-    assert demo.service.counters.of("fastertransformer", "1").pending == 0
+    assert demo.service.counters["fastertransformer", "1"].pending == 0

@@ -93,7 +93,7 @@ class Served:
 
     def __post_init__(self) -> None:
         self.counters = Counters()
-        self.counters.of("tokens", "1").language = self.engine.counters
+        self.counters["tokens", "1"].language = self.engine.counters
 
     def engines(self) -> dict[tuple[str, str], EngineClient]:
         return {("tokens", "1"): self.engine}

@@ -22,7 +22,7 @@ from hasten.server.protocol.http import http_app, http_routes
 from hasten.server.protocol.operations import Operations
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import SharedMemory
-from hasten.server.security import Admission, ApiKeys, TlsFiles
+from hasten.server.security import Admission, ApiKeys, Tls
 
 LIMIT = 1 << 20
 """Most bytes of a request."""
@@ -53,7 +53,7 @@ class Transports:
     """Both transports with what they share."""
 
     keys: ApiKeys | None = None
-    tls: TlsFiles | None = None
+    tls: Tls | None = None
     service: AddingService = field(default_factory=AddingService)
     memory: SharedMemory = field(default_factory=partial(SharedMemory, allowed=True))
     traces: TraceSettings = field(default_factory=TraceSettings)

@@ -31,7 +31,7 @@ from hasten.server.protocol.operations import Operations
 from hasten.server.protocol.settings import LogSettings, TraceSettings
 from hasten.server.protocol.shared_memory import SharedMemory
 from hasten.server.repository import FolderRepository, MemoryRepository, Repository
-from hasten.server.security import OPEN_PATHS, Admission, ApiKeys, Hosts, TlsFiles
+from hasten.server.security import OPEN_PATHS, Admission, ApiKeys, Hosts, Tls
 from hasten.server.service import ControlMode, Service
 from hasten.server.tables import backend_table, engine_table, model_table, option_table
 from hasten.server.tracing import OtelMetrics, Tracing
@@ -82,7 +82,7 @@ class Server:
         self._keys = ApiKeys.from_file(security.api_key_file, salts=salts) if security.api_key_file else None
         files = security.metrics_key_file, security.api_key_file
         self._metrics_keys = ApiKeys.from_file(*files) if security.metrics_key_file else None
-        self._tls = TlsFiles.create(security.tls_certificate, security.tls_key, security.tls_client_ca)
+        self._tls = Tls.create(security.tls_certificate, security.tls_key, security.tls_client_ca)
         operations = Operations(self.service, memory, TraceSettings(), logs)
         self._routes = http_routes(operations, limit)
         self.http: HttpListener | None = None

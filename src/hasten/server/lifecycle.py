@@ -264,8 +264,7 @@ class Registry:
         """Start the versions of a description, then let them take the place of those that serve."""
         name, known = description.name, self._models.setdefault(description.name, {})
         new = {
-            number: Version(description, number, self._counters.of(name, str(number)))
-            for number in description.versions
+            number: Version(description, number, self._counters[name, str(number)]) for number in description.versions
         }
         serving = [version for version in known.values() if version.state is State.READY]
         known |= {number: version for number, version in new.items() if known.get(number) not in serving}
@@ -319,7 +318,7 @@ class Registry:
             except HastenError:
                 await engine.close()
                 raise
-            counters = self._counters.of(version.name, str(version.number))
+            counters = self._counters[version.name, str(version.number)]
             engine.counters = counters.language = counters.language or engine.counters
             kind = TokenModel if engine.info.pooling is None else EncoderModel
             return kind(config, engine)

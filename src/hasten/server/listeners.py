@@ -18,7 +18,7 @@ from hasten.server.access import AccessLog
 from hasten.server.connections import Connections
 from hasten.server.options import EndpointOptions, SecurityOptions
 from hasten.server.protocol.grpc import GrpcCalls, add_to_server
-from hasten.server.security import ApiKeys, TlsFiles
+from hasten.server.security import ApiKeys, Tls
 
 _BACKLOG = 2048
 _TICK_S, _LOOK_S = 0.5, 0.05
@@ -57,14 +57,14 @@ class HttpListener:
         address: str,
         port: int,
         flag: str,
-        tls: TlsFiles | None = None,
+        tls: Tls | None = None,
         ends: EndpointOptions = _ENDS,
         security: SecurityOptions = _SECURITY,
     ) -> None:
         self._socket = open_port(address, port, flag)
         self._ends = ends
         self._connections = Connections(ends, security)
-        self._tls = None if tls is None else tls.context()
+        self._tls = tls
         self._state = ServerState()
         """Of uvicorn's protocol: connections, and tasks that answer requests."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -92,7 +92,7 @@ class HttpListener:
         if self._tls is None:
             self._server = await loop.create_server(protocol, sock=self._socket, backlog=_BACKLOG)
         else:
-            accepting = self._connections.accept_encrypted(self._socket, self._tls, protocol)
+            accepting = self._connections.accept_encrypted(self._socket, self._tls.context, protocol)
             self._tasks.append(loop.create_task(accepting))
 
     async def _tick(self, config: uvicorn.Config) -> None:
@@ -144,7 +144,7 @@ class GrpcListener:
         calls: GrpcCalls,
         *,
         keys: ApiKeys | None = None,
-        tls: TlsFiles | None = None,
+        tls: Tls | None = None,
         options: Sequence[tuple[str, int]] = (),
         access: AccessLog | None = None,
     ) -> None:
@@ -159,10 +159,10 @@ class GrpcListener:
             raise ConfigError(f"cannot listen on {joined(address, port)} ({flag}): {error}") from error
         self.address = joined(address, self.port)
 
-    def _bind(self, address: str, tls: TlsFiles | None) -> int:
+    def _bind(self, address: str, tls: Tls | None) -> int:
         if tls is None:
             return int(self._server.add_insecure_port(address))
-        certificate, key, client_ca = tls.read()
+        certificate, key, client_ca = tls.pem
         credentials = grpc.ssl_server_credentials(
             [(key, certificate)], root_certificates=client_ca, require_client_auth=client_ca is not None
         )

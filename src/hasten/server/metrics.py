@@ -172,7 +172,7 @@ class Metrics:
 
     def text(self) -> str:
         """All metrics as they are now."""
-        models = [(_model(key), counters) for key, counters in self._service.counters.all().items()]
+        models = [(_model(key), counters) for key, counters in sorted(self._service.counters.items())]
         language = [(labels, each.language.total) for labels, each in models if each.language is not None]
         engines = self._service.engines()
         clients = [(_model(key), engine) for key, engine in engines.items()]

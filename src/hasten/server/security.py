@@ -148,42 +148,35 @@ def _digest(key: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class TlsFiles:
-    """Names of PEM files."""
+class Tls:
+    """What ports are encrypted with."""
 
-    certificate: str
-    key: str
-    client_ca: str | None = None
-    """Where it is given, clients must show a certificate that this authority signed."""
+    context: ssl.SSLContext
+    """Of HTTP."""
+    pem: tuple[bytes, bytes, bytes | None]
+    """Certificate, key, and the authority whose certificates clients must show, if they must show one."""
 
     @classmethod
-    def create(cls, certificate: str | None, key: str | None, client_ca: str | None) -> "TlsFiles | None":
-        """From the options; None without any. ConfigError where one is missing or cannot be read."""
+    def create(cls, certificate: str | None, key: str | None, client_ca: str | None) -> "Tls | None":
+        """From names of PEM files; None without any.
+
+        ConfigError where one is missing or cannot be read, and where they are not what they should be.
+        """
         if certificate is None and key is None and client_ca is None:
             return None
         if certificate is None or key is None:
             raise ConfigError("TLS needs both --tls-certificate and --tls-key")
-        files = cls(certificate, key, client_ca)
-        files.read()
-        files.context()
-        return files
-
-    def read(self) -> tuple[bytes, bytes, bytes | None]:
-        """Certificate, key and the clients' authority."""
-        return _read(self.certificate), _read(self.key), _read(self.client_ca) if self.client_ca else None
-
-    def context(self) -> ssl.SSLContext:
-        """What an HTTP port is encrypted with; ConfigError unless the files fit each other and can be used."""
+        pem = _read(certificate), _read(key), _read(client_ca) if client_ca else None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             # without a password OpenSSL would ask for one
-            context.load_cert_chain(self.certificate, self.key, password="")
-            if self.client_ca:
-                context.load_verify_locations(self.client_ca)
+            context.load_cert_chain(certificate, key, password="")
+            if client_ca:
+                context.load_verify_locations(client_ca)
                 context.verify_mode = ssl.CERT_REQUIRED
-            return context
         except ssl.SSLError as error:
             raise ConfigError(f"the TLS certificate, key or authority cannot be used: {error}") from error
+        return cls(context, pem)
 
 
 def _read(name: str) -> bytes:

@@ -154,7 +154,7 @@ class Service:
             raise invalid(f"requested model '{model}' is not available")
         if model and not found:
             raise invalid(f"requested model version is not available for model '{model}'")
-        return [self.counters.of(each.name, str(each.number)).message() for each in found]
+        return [self.counters[each.name, str(each.number)].message() for each in found]
 
     def index(self, *, ready: bool = False) -> list[service_pb2.RepositoryIndexResponse.ModelIndex]:
         """What the repository holds, and the state of what was loaded; `ready`: only what serves.

@@ -1,7 +1,6 @@
 """What is counted of each version of a model: Triton's statistics, and what only language models have."""
 
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -179,19 +178,8 @@ def _reason(error: BaseException) -> FailureReason:
     return FailureReason.OTHER if isinstance(cause, HastenError | Exception) else FailureReason.CANCELED
 
 
-class Counters:
-    """Of all models, by name and version."""
+class Counters(dict[tuple[str, str], ModelCounters]):
+    """Of all models, by name and version; they are there from the first loading on."""
 
-    def __init__(self) -> None:
-        self._models: dict[tuple[str, str], ModelCounters] = {}
-
-    def of(self, model: str, version: str) -> ModelCounters:
-        """Those of one version; they are there from its first loading on."""
-        key = (model, version)
-        if key not in self._models:
-            self._models[key] = ModelCounters(*key)
-        return self._models[key]
-
-    def all(self) -> Mapping[tuple[str, str], ModelCounters]:
-        """Of every version that was ever loaded."""
-        return dict(sorted(self._models.items()))
+    def __missing__(self, key: tuple[str, str]) -> ModelCounters:
+        return self.setdefault(key, ModelCounters(*key))

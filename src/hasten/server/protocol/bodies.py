@@ -16,7 +16,7 @@ import numpy as np
 
 from hasten.core.errors import InvalidRequestError
 from hasten.server.json_size import MAX_JSON_BYTES, check_json_size
-from hasten.server.protocol.shared_memory import BYTE_SIZE, OFFSET, REGION, Reading
+from hasten.server.protocol.shared_memory import BYTE_SIZE, OFFSET, REGION, Reader
 from hasten.server.protocol.tensors import (
     about,
     bounded,
@@ -137,10 +137,10 @@ class InferBody:
         return self.binary_outputs.get(output, self.binary and not self.request.outputs)
 
 
-def infer_body(model: str, version: str, body: bytes, header_length: int | None, reading: Reading) -> InferBody:
+def infer_body(model: str, version: str, body: bytes, header_length: int | None, read: Reader) -> InferBody:
     """Parse a body whose first `header_length` bytes are JSON (None: all of it); INVALID where it is wrong.
 
-    `reading` is what reads inputs from shared memory.
+    `read` reads inputs from shared memory.
     """
     whole = memoryview(body)
     head = parse_json(whole if header_length is None else whole[:header_length])
@@ -151,7 +151,7 @@ def infer_body(model: str, version: str, body: bytes, header_length: int | None,
     request = InferRequest(model=model, version=version, id=request_id, parameters=parameters, inputs=[])
     tail = _Tail(whole[len(body) if header_length is None else header_length :], model, request_id)
     inputs = _member(head, "inputs", list, "non-array as array", [])
-    request.inputs.extend(bounded(_input(tensor, tail, reading) for tensor in inputs))
+    request.inputs.extend(bounded(_input(tensor, tail, read) for tensor in inputs))
     tail.close()
     result = InferBody(request, binary=parameters.get("binary_data_output") is True)
     outputs = _member(head, "outputs", list, "non-array as array", [])
@@ -204,7 +204,7 @@ class _Tail:
             raise invalid(f"unexpected additional input data for model '{self.model}'")
 
 
-def _input(tensor: Any, tail: _Tail, reading: Reading) -> Tensor:
+def _input(tensor: Any, tail: _Tail, read: Reader) -> Tensor:
     given = tensor if isinstance(tensor, dict) else {}
     parameters = given.get("parameters", {})
     if not isinstance(parameters, dict):
@@ -225,7 +225,7 @@ def _input(tensor: Any, tail: _Tail, reading: Reading) -> Tensor:
     if sources == ["binary_data_size"]:
         raw: bytes | memoryview = tail.take(name, _unsigned(parameters, "binary_data_size"))
     else:
-        raw = reading.read(name, _shared_memory(parameters)) or b""
+        raw = read(name, _shared_memory(parameters)) or b""
     return from_bytes(name, datatype, shape, raw, model=tail.model, request_id=tail.request_id)
 
 

@@ -63,7 +63,7 @@ class GrpcCalls:
     def received(self, message: Any, tensors: Sequence[bytes | memoryview], claim: Claim) -> ReceivedInfer:
         """The request of a ModelInferRequest and its raw tensors; ServiceError where that is wrong."""
         config = self.service.model_config(message.model_name, message.model_version)
-        request = infer_request(message, tensors, self._memory.reading(claim))
+        request = infer_request(message, tensors, self._memory.reader(claim))
         deliver = delivery(request.outputs, self._memory, batched=config.max_batch_size > 0)
         return ReceivedInfer(request, is_decoupled(config), deliver)
 

@@ -164,12 +164,12 @@ class InferRoutes:
         if not raw or length == "0":
             metadata = self._service.model_metadata(model, version)
             return raw_body(model, version, raw, metadata, batched=self._batched(model, version))
-        reading = self._memory.reading(request.state.claim)
+        read = self._memory.reader(request.state.claim)
         if length is None:
-            return infer_body(model, version, raw, None, reading)
+            return infer_body(model, version, raw, None, read)
         if not _is_number(length) or int(length) > len(raw):
             raise invalid(f"inference header size should be in range (0, {len(raw)}), got: {length}")
-        return infer_body(model, version, raw, int(length), reading)
+        return infer_body(model, version, raw, int(length), read)
 
     def _decompressed(self, raw: bytes, request: Request) -> bytes:
         body = decompressed(raw, request.headers.get("content-encoding", ""), self._max_request_bytes)

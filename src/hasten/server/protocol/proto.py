@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from hasten.server.by_size import SMALL
-from hasten.server.protocol.shared_memory import REGION, Reading
+from hasten.server.protocol.shared_memory import REGION, Reader
 from hasten.server.protocol.tensors import (
     NUMPY,
     about,
@@ -157,10 +157,10 @@ def parsed_infer(raw: bytes) -> tuple[Any, Sequence[bytes | memoryview]]:
     return _parsed(pb.ModelInferRequest, rest), tensors
 
 
-def infer_request(message: Any, tensors: Sequence[bytes | memoryview], reading: Reading) -> InferRequest:
+def infer_request(message: Any, tensors: Sequence[bytes | memoryview], read: Reader) -> InferRequest:
     """The request of a ModelInferRequest and its raw tensors; INVALID where it is wrong in itself.
 
-    Raw tensors belong to the inputs in their order, but for those that `reading` finds in shared memory.
+    Raw tensors belong to the inputs in their order, but for those that `read` finds in shared memory.
     """
     raw = iter(tensors) if tensors else None
     check_outputs(len(message.outputs))
@@ -169,7 +169,7 @@ def infer_request(message: Any, tensors: Sequence[bytes | memoryview], reading: 
         version=message.model_version,
         id=message.id,
         parameters=parameters(message.parameters),
-        inputs=bounded(_input(message, tensor, raw, reading) for tensor in message.inputs),
+        inputs=bounded(_input(message, tensor, raw, read) for tensor in message.inputs),
         outputs=[RequestedOutput(output.name, parameters(output.parameters)) for output in message.outputs],
     )
 
@@ -187,7 +187,7 @@ def _value(key: str, message: Any) -> Parameter:
     return value
 
 
-def _input(message: Any, tensor: Any, raw: Iterator[bytes | memoryview] | None, reading: Reading) -> Tensor:
+def _input(message: Any, tensor: Any, raw: Iterator[bytes | memoryview] | None, read: Reader) -> Tensor:
     model, request_id, name = message.model_name, message.id, tensor.name
     if tensor.datatype not in NUMPY:  # the service tells what the model expects instead
         return Tensor(name, tensor.datatype, tuple(tensor.shape[:_SHOWN_SIZES]), np.empty(0, np.uint8))
@@ -196,7 +196,7 @@ def _input(message: Any, tensor: Any, raw: Iterator[bytes | memoryview] | None, 
         raise invalid(
             f"unexpected 'content' provided when using shared memory for input tensor '{name}' for model '{model}'"
         )
-    shared = reading.read(name, parameters(tensor.parameters)) if tensor.parameters else None
+    shared = read(name, parameters(tensor.parameters)) if tensor.parameters else None
     if shared is None and raw is None:
         return _typed(tensor, model=model, request_id=request_id)
     if shared is None and typed and tensor.contents.ByteSize():

@@ -135,9 +135,25 @@ class SharedMemory:
         else:
             self._regions.clear()
 
-    def reading(self, claim: Claim) -> "Reading":
-        """What reads the inputs of one request, which holds their bytes by its claim."""
-        return Reading(self, self._max_request_bytes, claim)
+    def reader(self, claim: Claim) -> "Reader":
+        """What reads the inputs of one request, and holds their bytes by its claim."""
+        total = 0
+
+        def read(tensor: str, parameters: Mapping[str, Parameter]) -> bytes | None:
+            nonlocal total
+            where = self.slice_of(tensor, parameters)
+            if where is None:
+                return None
+            total += where.byte_size
+            if total > self._max_request_bytes:
+                raise invalid(
+                    f"the inputs in shared memory have more than {self._max_request_bytes} bytes, which is the limit "
+                    "of a request (--max-request-bytes)"
+                )
+            claim.grow(where.byte_size)
+            return where.read()
+
+        return read
 
     def slice(self, region: str, byte_size: int, offset: int = 0) -> Slice:
         """A part of a region; NOT_FOUND for an unknown one, INVALID for what lies outside."""
@@ -164,28 +180,9 @@ class SharedMemory:
         return self.slice(region, size, offset)
 
 
-class Reading:
-    """The inputs of one request that lie in regions: read one by one, and bounded in all."""
-
-    def __init__(self, memory: SharedMemory, max_bytes: int, claim: Claim) -> None:
-        self._memory = memory
-        self._max_bytes = max_bytes
-        self._claim = claim
-        self._bytes = 0
-
-    def read(self, tensor: str, parameters: Mapping[str, Parameter]) -> bytes | None:
-        """The bytes of an input, None where its parameters name no region; INVALID where all have too many."""
-        where = self._memory.slice_of(tensor, parameters)
-        if where is None:
-            return None
-        self._bytes += where.byte_size
-        if self._bytes > self._max_bytes:
-            raise invalid(
-                f"the inputs in shared memory have more than {self._max_bytes} bytes, which is the limit of a request "
-                "(--max-request-bytes)"
-            )
-        self._claim.grow(where.byte_size)
-        return where.read()
+Reader = Callable[[str, Mapping[str, Parameter]], bytes | None]
+"""The bytes of an input by its name and parameters, None where these name no region; INVALID where all inputs of the
+request have too many."""
 
 
 def _typed(tensor: str, parameters: Mapping[str, Parameter], key: str, default: _T) -> _T:
