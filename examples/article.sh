@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A model's way from its checkpoint to a server, with Arena's commands: upload, convert, compare, serve, ask.
+# From a checkpoint to a server, with Arena's commands: upload, convert, compare, deploy, ask.
 #
 #     examples/article.sh
 #
-# goes it on this machine with the demo model, in about a minute on two cores. On a cluster it is, for example:
+# runs on this machine with the demo model, in about a minute on two cores. On a cluster, for example:
 #
 #     export HASTEN_CLUSTER=kubernetes NAMESPACE=default-group IMAGE=registry.example.com/hasten:cuda GPUS=2 TYPE=fp16
 #     export MODEL=bloom-7b1 DATASET=lambada_test.jsonl SAMPLES=5153 PROMPT='deepspeed is'
@@ -17,16 +17,16 @@ scratch=$(mktemp -d)
 
 MODEL=${MODEL:-$here/demo-model}              # a Hugging Face folder
 DATASET=${DATASET:-$here/stories/test.jsonl}  # JSON lines, each with "text"
-SAMPLES=${SAMPLES:-128}                       # so many of them are compared
+SAMPLES=${SAMPLES:-128}                       # number of them to compare
 PROMPT=${PROMPT:-That year the spring came early.}
 NAMESPACE=${NAMESPACE:-default-group}
-IMAGE=${IMAGE:-}                              # that jobs and server run in; this machine needs none
-GPUS=${GPUS:-0}                               # of each job that compares, and of the server: 0 (no GPUs here) or 2
-TYPE=${TYPE:-fp32}                            # to compute in
+IMAGE=${IMAGE:-}                              # of jobs and server; none on this machine
+GPUS=${GPUS:-0}                               # of each comparing job, and of the server: 0 or 2
+TYPE=${TYPE:-fp32}                            # data type to compute in
 STORE=${STORE:-$scratch/store}                # folder or bucket that becomes the volume
-UPLOAD=${UPLOAD:-copy}                        # command that copies a folder into it
-VOLUME_OPTIONS=${VOLUME_OPTIONS:-}            # how `data create` finds it; none for a folder
-DATA_OPTIONS=${DATA_OPTIONS:-}                # --map-paths, where this machine's kernel forbids mounts
+UPLOAD=${UPLOAD:-copy}                        # command that copies a folder into STORE
+VOLUME_OPTIONS=${VOLUME_OPTIONS:-}            # options of `data create`; none for a folder
+DATA_OPTIONS=${DATA_OPTIONS:-}                # --map-paths, if this machine's kernel forbids mounts
 SERVER_OPTIONS=${SERVER_OPTIONS:-}            # such as --grpc-port 18001
 PYTHON=${PYTHON:-python3}                     # has tritonclient and transformers, for the client
 
@@ -74,7 +74,7 @@ status_of() {
     arena get -n "$NAMESPACE" "$1" | awk '$1 == "Status:" { print $2 }'
 }
 
-# Shows what a job writes, until it ends; fails if the job does.
+# Prints a job's log until it ends; fails if the job does.
 wait_for() {
     local status
     while status=$(status_of "$1") && [[ $status = PENDING || $status = QUEUING ]]; do sleep 0.5; done
@@ -86,7 +86,7 @@ wait_for() {
     fi
 }
 
-# A column of the server's line in `serve list`; nothing where there is no such server.
+# A column of the server's line in `serve list`; nothing if there is no such server.
 server_field() {
     arena serve list -n "$NAMESPACE" | awk -v name="$server" -v column="$1" '$1 == name { print $column }'
 }

@@ -1,10 +1,10 @@
-"""Ask a model that is served: tokens in, tokens out, over Triton's gRPC protocol.
+"""Query a served model over Triton's gRPC protocol: tokens in, tokens out.
 
     hasten serve MODEL
     python examples/client.py --tokenizer MODEL --prompt "deepspeed is"
 
-Needs `tritonclient[grpc]` and `transformers`, nothing of hasten: it asks any server of Triton's protocol that has a
-model with FasterTransformer's tensors.
+Needs `tritonclient[grpc]` and `transformers`, not hasten: it works with any server of Triton's protocol that has a model
+with FasterTransformer's tensors.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer. Prompts of a batch are padded behind their ends; the model never sees the padding."""
+    """The model's own tokenizer. Prompts of a batch are padded on the right; the model never sees the padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -25,9 +25,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 def tensor(name: str, values: NDArray[np.uint32]) -> InferInput:
     """An input of type UINT32; the first axis is the batch."""
-    made = InferInput(name, list(values.shape), "UINT32")
-    made.set_data_from_numpy(values)
-    return made
+    result = InferInput(name, list(values.shape), "UINT32")
+    result.set_data_from_numpy(values)
+    return result
 
 
 def request_inputs(tokenizer: PreTrainedTokenizerBase, prompts: list[str], output_len: int) -> list[InferInput]:
@@ -44,8 +44,8 @@ def request_inputs(tokenizer: PreTrainedTokenizerBase, prompts: list[str], outpu
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Ask a served language model to continue prompts.",
-        epilog="gRPC takes the proxy that grpc_proxy, https_proxy or http_proxy names, for localhost too: set "
+        description="Continue prompts with a served language model.",
+        epilog="gRPC uses the proxy that grpc_proxy, https_proxy or http_proxy names, even for localhost: set "
         "no_proxy=localhost,127.0.0.1, or the server's host, to reach it directly.",
     )
     parser.add_argument("--url", default="localhost:8001", help="HOST:PORT of the server's gRPC endpoint")
