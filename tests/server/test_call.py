@@ -116,7 +116,7 @@ def call_of(client: Client, prompts: int = 1, **fields: Any) -> Call:
 
 async def begun(call: Call, client: Client, body: Body) -> tuple[CallEvents, asyncio.Task[None]]:
     """Events of which the first ones are written, and the task that writes the others."""
-    events = call.events()
+    events = CallEvents(call)
     first = asyncio.create_task(events.first())
     while len(client.tickets) < len(call.prompts):
         await asyncio.sleep(0)

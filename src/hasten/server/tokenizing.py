@@ -71,8 +71,7 @@ class Tokenizing:
         """Text of token ids, special ones included; InvalidRequestError where they are too many, or unknown."""
         if len(ids) > MAX_DECODED:
             raise InvalidRequestError(f"there are {len(ids)} tokens, the limit is {MAX_DECODED}")
-        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-            wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        if (wrong := unknown_token(ids, vocab_size)) is not None:
             raise InvalidRequestError(f"there is token id {wrong}; the vocabulary ends at {vocab_size - 1}")
 
         def work() -> str:
@@ -89,6 +88,13 @@ class Tokenizing:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         finally:
             self._waiting -= 1
+
+
+def unknown_token(ids: Sequence[int], vocab_size: int) -> int | None:
+    """The first token id that is not in a vocabulary; None where all are."""
+    if not ids or 0 <= min(ids) <= max(ids) < vocab_size:
+        return None
+    return next(token for token in ids if not 0 <= token < vocab_size)
 
 
 def check_bytes(name: str, texts: Sequence[str], most: int) -> None:

@@ -152,6 +152,12 @@ class Call:
         """Errors in it name what the client sent."""
         return nullcontext() if self.reading is None else self.reading.naming_errors()
 
+    async def respond(self, request: Request) -> Response:
+        """Run the call for as long as its client is there."""
+        if not self.request.stream:
+            return json_response(await unless_gone(request.receive, self.answer()))
+        return await EventStream.of(request, CallEvents(self))
+
     async def answer(self) -> bytes:
         """The whole answer."""
         usage, found, size = Usage(prompts_only=self.prompts_only), list[Choice](), 0
@@ -171,10 +177,6 @@ class Call:
         for delta in progress.completions:
             delta.logprobs = None
         return choices
-
-    def events(self) -> CallEvents:
-        """The answer as events. What is wrong with the request shows before the first of them."""
-        return CallEvents(self)
 
     def taken(self, number: int, progress: Progress, usage: Usage) -> Sequence[Choice]:
         """The choices, or pieces of choices, in a progress; HastenError where a completion ended with one."""
@@ -216,18 +218,12 @@ class ChatCalls:
         check(reading)
         params = chat_params(body, client.info.max_model_len - len(tokens), reading)
         choices = ChatChoices(body.top_logprobs or 0, reading, params.skip_special_tokens)
-        call = Call(body, found, [tokens], params, choices, form(params), queueing, reading=reading)
-        return await respond(request, call)
+        return await Call(body, found, [tokens], params, choices, form(params), queueing, reading=reading).respond(
+            request
+        )
 
     async def prompt_tokens(self, body: ChatRequest) -> int:
         """How many tokens the prompt of a chat has."""
         client = self._models.find_generator(body.model).client
         check_chat(body)
         return len((await self._prompts.chat(body, client))[0])
-
-
-async def respond(request: Request, call: Call) -> Response:
-    """Run a call for as long as its client is there."""
-    if not call.request.stream:
-        return json_response(await unless_gone(request.receive, call.answer()))
-    return await EventStream.of(request, call.events())

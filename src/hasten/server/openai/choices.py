@@ -180,28 +180,21 @@ class CompletionChoices(Choices):
         """See Choices."""
         if self.echo:
             self._first.setdefault(number, progress)
+        if self.prompts_only:
+            for delta in progress.completions:
+                _leave_out_tokens(delta)
         return [self._choice(number, delta) for delta in progress.completions if _shows(delta)]
 
     def _choice(self, number: int, delta: CompletionDelta) -> CompletionChoice:
-        index = number * self.n + delta.index
-        if delta.logprobs is None and not self.echo:
-            return CompletionChoice(index, delta.text, None, _reason(delta), _stop_reason(delta))
-        tokens = [] if self.prompts_only else delta.token_ids
-        text = "" if self.prompts_only else delta.text
-        entries: list[dict[int, Logprob] | None] | None = None
-        if delta.logprobs is not None:
-            entries = [] if self.prompts_only else list(delta.logprobs)
+        index, text, tokens = number * self.n + delta.index, delta.text, delta.token_ids
+        entries: Sequence[dict[int, Logprob] | None] | None = delta.logprobs
         if self.echo and index not in self._offsets:
-            first = self._first[number]
+            first, self._offsets[index] = self._first[number], 0
             text = self._prompt_text(number, first) + text
-            tokens = [*first.prompt_token_ids, *tokens]
             if entries is not None:
-                entries = [*(first.prompt_logprobs or ()), *entries]
+                tokens, entries = [*first.prompt_token_ids, *tokens], [*(first.prompt_logprobs or ()), *entries]
         logprobs = None if entries is None else self._logprobs(index, tokens, entries)
-        if logprobs is None:
-            self._offsets[index] = 0
-        reason = "length" if self.prompts_only and delta.finish_reason is not None else _reason(delta)
-        return CompletionChoice(index, text, logprobs, reason, _stop_reason(delta))
+        return CompletionChoice(index, text, logprobs, _reason(delta), _stop_reason(delta))
 
     def _prompt_text(self, number: int, first: Progress) -> str:
         text = self.texts[number]
@@ -231,6 +224,12 @@ class CompletionChoices(Choices):
         if self.tokenizer is None:
             return ""
         return self.tokenizer.decode([token], skip_special_tokens=False, continues=True)
+
+
+def _leave_out_tokens(delta: CompletionDelta) -> None:
+    delta.token_ids, delta.text, delta.logprobs = [], "", None if delta.logprobs is None else []
+    if delta.finish_reason is not None:
+        delta.finish_reason = FinishReason.LENGTH
 
 
 @dataclass

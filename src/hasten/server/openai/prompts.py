@@ -18,7 +18,7 @@ from hasten.server.openai.params import OpenAIError
 from hasten.server.openai.reading import AnswerReading, Reasoning, reading_of
 from hasten.server.openai.tools import ToolUse
 from hasten.server.openai.types import ChatMessage, ChatRequest
-from hasten.server.tokenizing import SHORT_TEXT, tokenizing
+from hasten.server.tokenizing import SHORT_TEXT, tokenizing, unknown_token
 from hasten.server.tools.reasoning import reasoning_form
 
 Descriptions = Sequence[Mapping[str, Any]] | None
@@ -166,13 +166,17 @@ async def _rendered(body: ChatRequest, template: ChatTemplate, client: EngineCli
 async def tokenized(
     prompts: Sequence[str | list[int]], client: EngineClient, param: str, *, add_special_tokens: bool
 ) -> list[list[int]]:
-    """Token ids of each prompt; OpenAIError where one of them cannot be served, before any is begun."""
+    """Token ids of each prompt, all texts or all token ids; OpenAIError where one cannot be served."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    await check_tokens([prompt for prompt in prompts if not isinstance(prompt, str)], client.info, param)
-    texts_ids = await encoded(texts, client, param, add_special_tokens=add_special_tokens)
-    await check_tokens(texts_ids, client.info, param)
-    of_texts = iter(texts_ids)
-    return [next(of_texts) if isinstance(prompt, str) else prompt for prompt in prompts]
+    found = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    found += await encoded(texts, client, param, add_special_tokens=add_special_tokens)
+
+    def check() -> None:
+        for ids in found:
+            _check_tokens(ids, client.info, param)
+
+    await by_size(_TOKEN_BYTES * sum(map(len, found)), check)
+    return found
 
 
 async def encoded(
@@ -189,26 +193,16 @@ async def encoded(
         raise _too_long(error.count, client.info, param) from None
 
 
-async def check_tokens(prompts: Sequence[list[int]], info: EngineInfo, param: str) -> None:
-    """OpenAIError for a prompt without tokens, with too many of them, or with one outside the vocabulary."""
-
-    def work() -> None:
-        for ids in prompts:
-            _check_tokens(ids, info, param)
-
-    await by_size(_TOKEN_BYTES * sum(map(len, prompts)), work)
-
-
 def _too_long(count: str, info: EngineInfo, param: str) -> OpenAIError:
     message = f"the {param} has {count} tokens; the model's longest sequence has {info.max_model_len}"
     return OpenAIError(message, param=param, code="context_length_exceeded")
 
 
 def _check_tokens(ids: list[int], info: EngineInfo, param: str) -> None:
+    """OpenAIError for a prompt without tokens, with too many of them, or with one outside the vocabulary."""
     if not ids:
         raise OpenAIError("the prompt has no tokens", param=param)
     if len(ids) >= info.max_model_len:
         raise _too_long(str(len(ids)), info, param)
-    if not 0 <= min(ids) <= max(ids) < info.vocab_size:
-        wrong = next(token for token in ids if not 0 <= token < info.vocab_size)
+    if (wrong := unknown_token(ids, info.vocab_size)) is not None:
         raise OpenAIError(f"the prompt has token id {wrong}; the vocabulary ends at {info.vocab_size - 1}", param=param)

@@ -18,7 +18,7 @@ from hasten.engine.text import Tokenizer
 from hasten.server.anthropic.routes import message_routes
 from hasten.server.engine.client import EngineClient
 from hasten.server.openai.answer import CompletionForm
-from hasten.server.openai.call import Call, ChatCalls, respond
+from hasten.server.openai.call import Call, ChatCalls
 from hasten.server.openai.choices import completion_choices
 from hasten.server.openai.handling import api_route, checked_queueing, guarded, json_response
 from hasten.server.openai.models import ModelFinder
@@ -56,43 +56,6 @@ class DetokenizeRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
 
     model: str | None = None
     tokens: list[int]
-
-
-async def token_ids(body: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> dict[str, Any]:
-    """The answer to a TokenizeRequest: `count`, `max_model_len`, `tokens` and perhaps `token_strs`."""
-    ids = await _ids(body, client, chats)
-    with client.counting_refusals():
-        texts = await tokenizing.run(partial(_tokenizer(client).tokens, ids)) if body.return_token_strs else None
-    return {"count": len(ids), "max_model_len": client.info.max_model_len, "tokens": ids, "token_strs": texts}
-
-
-async def _ids(body: TokenizeRequest, client: EngineClient, chats: ChatPrompts) -> list[int]:
-    given = body.add_special_tokens
-    if (body.prompt is None) == (body.messages is None):
-        raise OpenAIError("give either a prompt or messages", param="prompt")
-    if body.prompt is not None:
-        special = True if given is None else given
-        return (await encoded([body.prompt], client, "prompt", add_special_tokens=special))[0]
-    chat = ChatRequest(
-        model="",
-        messages=body.messages or [],
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        chat_template_kwargs=body.chat_template_kwargs,
-        tools=body.tools,
-    )
-    check_chat(chat)
-    return (await chats.chat(chat, client, add_special_tokens=bool(given)))[0]
-
-
-async def text_of(body: DetokenizeRequest, client: EngineClient) -> dict[str, Any]:
-    """The answer to a DetokenizeRequest: the text of its tokens, special ones included, as `prompt`."""
-    try:
-        with client.counting_refusals():
-            text = await tokenizing.decode(_tokenizer(client), body.tokens, client.info.vocab_size)
-    except InvalidRequestError as error:
-        raise OpenAIError(str(error), param="tokens") from None
-    return {"prompt": text}
 
 
 def _tokenizer(client: EngineClient) -> Tokenizer:
@@ -154,10 +117,38 @@ class _Api:
         return entry | {"tasks": pooling.tasks, "width": pooling.width, "labels": pooling.labels or None}
 
     async def tokenize(self, _: Request, body: TokenizeRequest) -> Response:
-        return json_response(await token_ids(body, self._models.find_any(body.model).client, self._prompts))
+        client = self._models.find_any(body.model).client
+        ids = await self._token_ids(body, client)
+        with client.counting_refusals():
+            texts = await tokenizing.run(partial(_tokenizer(client).tokens, ids)) if body.return_token_strs else None
+        most = client.info.max_model_len
+        return json_response({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": texts})
+
+    async def _token_ids(self, body: TokenizeRequest, client: EngineClient) -> list[int]:
+        special = body.add_special_tokens
+        if (body.prompt is None) == (body.messages is None):
+            raise OpenAIError("give either a prompt or messages", param="prompt")
+        if body.prompt is not None:
+            return (await encoded([body.prompt], client, "prompt", add_special_tokens=special is not False))[0]
+        chat = ChatRequest(
+            model="",
+            messages=body.messages or [],
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            chat_template_kwargs=body.chat_template_kwargs,
+            tools=body.tools,
+        )
+        check_chat(chat)
+        return (await self._prompts.chat(chat, client, add_special_tokens=bool(special)))[0]
 
     async def detokenize(self, _: Request, body: DetokenizeRequest) -> Response:
-        return json_response(await text_of(body, self._models.find_any(body.model).client))
+        client = self._models.find_any(body.model).client
+        try:
+            with client.counting_refusals():
+                text = await tokenizing.decode(_tokenizer(client), body.tokens, client.info.vocab_size)
+        except InvalidRequestError as error:
+            raise OpenAIError(str(error), param="tokens") from None
+        return json_response({"prompt": text})
 
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         found = self._models.find_generator(body.model)
@@ -170,7 +161,7 @@ class _Api:
         check_prompt_logprobs(sum(map(len, tokens)), params.prompt_logprobs, client.info.vocab_size)
         form = self._form("text_completion", body, params)
         call = Call(body, found, tokens, params, choices, form, queueing, body.shows_prompts_only)
-        return await respond(request, call)
+        return await call.respond(request)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         return await self._chats.answer(request, body, partial(self._form, "chat.completion", body))

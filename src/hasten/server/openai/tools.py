@@ -86,10 +86,8 @@ class ToolUse:
         """The tools as templates know them, each with a schema."""
         none = dict(NO_PARAMETERS)
         shown = [
-            msgspec.structs.replace(
-                function, strict=None, parameters=none if function.parameters is None else function.parameters
-            )
-            for function in self.functions
+            Function(each.name, each.description, none if each.parameters is None else each.parameters)
+            for each in self.functions
         ]
         return [{"type": "function", "function": msgspec.to_builtins(function)} for function in shown]
 

@@ -6,7 +6,7 @@ Answers are in the forms of OpenAI, vLLM, Cohere and Jina.
 import base64
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from hasten.server.pooling.types import (
 from hasten.server.sse import unless_gone
 
 _encode = msgspec.json.Encoder().encode
+Item = TypeVar("Item")
 NumberForm = Callable[[Numbers], Any]
 
 
@@ -50,40 +51,32 @@ def number_form(encoding_format: str | None) -> NumberForm:
     raise OpenAIError(message, param="encoding_format")
 
 
-def listed(prefix: str, model: str, entries: Iterable[dict[str, Any]], usage: Usage) -> bytes:
-    """A list of entries, encoded one by one, so that other threads run between them."""
+async def listed(
+    prefix: str,
+    model: str,
+    call: PoolingCall,
+    items: Sequence[Item],
+    entry: Callable[[Item], Any],
+    size: int,
+) -> bytes:
+    """A list of each item's entry, about `size` bytes; entries are encoded one by one, so that other threads run."""
     head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": "list", "created": int(time.time()), "model": model}
-    data = b",".join(map(_encode, entries))
-    return _encode(head)[:-1] + b',"data":[' + data + b'],"usage":' + _encode(usage.as_json()) + b"}"
+
+    def encoded() -> bytes:
+        data = b",".join(_encode({"index": index, **entry(item)}) for index, item in enumerate(items))
+        return _encode(head)[:-1] + b',"data":[' + data + b'],"usage":' + _encode(call.usage.as_json()) + b"}"
+
+    return await by_size(size, encoded)
 
 
-def pooled(kind: str, field: str, results: Sequence[Result], form: NumberForm) -> Iterable[dict[str, Any]]:
-    """Entries of /v1/embeddings and /pooling, whose numbers are in `field`."""
-    for index, result in enumerate(results):
-        yield {"object": kind, "index": index, field: form(result.numbers)}
-
-
-def filled(results: Sequence[Result], tokenizer: Tokenizer) -> Iterable[dict[str, Any]]:
-    """Entries of /pooling with words for masks: for each mask a list of them, as transformers' pipeline has it."""
-    for index, result in enumerate(results):
-        ids_mk, scores_mk = np.split(result.numbers, 2, axis=1)
-        candidates = [
-            [FilledMask(score, int(token)) for token, score in zip(ids_k.tolist(), scores_k.tolist(), strict=True)]
-            for ids_k, scores_k in zip(ids_mk, scores_mk, strict=True)
-        ]
-        yield {"object": "pooling", "index": index, "data": with_texts(tokenizer, result.prompt_token_ids, candidates)}
-
-
-def classes(results: Sequence[Result], labels: Sequence[str]) -> Iterable[dict[str, Any]]:
-    """Entries of /classify."""
-    for index, result in enumerate(results):
-        label = labels[int(result.numbers.argmax())]
-        yield {"index": index, "label": label, "probs": result.numbers.tolist(), "num_classes": len(labels)}
-
-
-def scores(found: Sequence[float]) -> Iterable[dict[str, Any]]:
-    """Entries of /score."""
-    return ({"object": "score", "index": index, "score": score} for index, score in enumerate(found))
+def words(result: Result, tokenizer: Tokenizer) -> list[list[FilledMask]]:
+    """Words for each mask of a text, as transformers' pipeline has them."""
+    ids_mk, scores_mk = np.split(result.numbers, 2, axis=1)
+    candidates = [
+        [FilledMask(score, int(token)) for token, score in zip(ids_k.tolist(), scores_k.tolist(), strict=True)]
+        for ids_k, scores_k in zip(ids_mk, scores_mk, strict=True)
+    ]
+    return with_texts(tokenizer, result.prompt_token_ids, candidates)
 
 
 def ranking(
@@ -144,11 +137,12 @@ def _size(results: list[Result]) -> int:
 
 async def _embeddings(body: EmbeddingRequest, model: str, call: PoolingCall) -> bytes:
     form, params, prompts = number_form(body.encoding_format), body.params(), body.prompts()
-    before = instruction(call.info.texts, None, body.prompt_name)
-    results = await call.prompts(prompts, params, before)
-    return await by_size(
-        _size(results), listed, "embd", model, pooled("embedding", "embedding", results, form), call.usage
-    )
+    results = await call.prompts(prompts, params, instruction(call.info.texts, None, body.prompt_name))
+
+    def entry(result: Result) -> dict[str, Any]:
+        return {"object": "embedding", "embedding": form(result.numbers)}
+
+    return await listed("embd", model, call, results, entry, _size(results))
 
 
 async def _pooling(body: PoolingRequest, model: str, call: PoolingCall) -> bytes:
@@ -157,23 +151,32 @@ async def _pooling(body: PoolingRequest, model: str, call: PoolingCall) -> bytes
     params = body.params(call.info.tasks[0], tokenizer)
     before = instruction(call.info.texts, None, None) if params.task == "embed" else None
     results = await call.prompts(prompts, params, before)
-    size, entries = _size(results), pooled("pooling", "data", results, form)
-    if params.task == "fill_mask":
-        assert tokenizer is not None, "no mask would be known, and a text without one is refused"
+    of_masks, size = params.task == "fill_mask", _size(results)
+    if of_masks:
         size *= 1 + max(len(result.prompt_token_ids) for result in results)
-        entries = filled(results, tokenizer)
-    return await by_size(size, listed, "pool", model, entries, call.usage)
+
+    def entry(result: Result) -> dict[str, Any]:
+        if not of_masks:
+            return {"object": "pooling", "data": form(result.numbers)}
+        assert tokenizer is not None, "no mask would be known, and a text without one is refused"
+        return {"object": "pooling", "data": words(result, tokenizer)}
+
+    return await listed("pool", model, call, results, entry, size)
 
 
 async def _classify(body: ClassifyRequest, model: str, call: PoolingCall) -> bytes:
-    results = await call.prompts(body.prompts(), body.params())
-    entries = classes(results, call.info.labels)
-    return await by_size(_size(results), listed, "classify", model, entries, call.usage)
+    results, labels = await call.prompts(body.prompts(), body.params()), call.info.labels
+
+    def entry(result: Result) -> dict[str, Any]:
+        label = labels[int(result.numbers.argmax())]
+        return {"label": label, "probs": result.numbers.tolist(), "num_classes": len(labels)}
+
+    return await listed("classify", model, call, results, entry, _size(results))
 
 
 async def _score(body: ScoreRequest, model: str, call: PoolingCall) -> bytes:
     found = await call.scores(body.pairs(), body.truncate_prompt_tokens, "documents")
-    return listed("score", model, scores(found), call.usage)
+    return await listed("score", model, call, found, lambda score: {"object": "score", "score": score}, 0)
 
 
 async def _rerank(body: RerankRequest, model: str, call: PoolingCall, *, with_documents: bool) -> bytes:

@@ -12,7 +12,7 @@ from hasten.engine.text import TextTooLongError, Tokenizer
 from hasten.engine.texts import Instruction, TextRequests
 from hasten.server.by_size import by_size
 from hasten.server.engine.client import EngineClient
-from hasten.server.tokenizing import SHORT_TEXT, check_bytes, tokenizing
+from hasten.server.tokenizing import SHORT_TEXT, check_bytes, tokenizing, unknown_token
 
 Pair = tuple[str, str]
 Item = TypeVar("Item", str, Pair)
@@ -106,8 +106,7 @@ class TextReader:
         vocab, most = self._client.info.vocab_size, self._params.truncate_prompt_tokens
         limit = None if most is None else self._longest if most == -1 else min(most, self._longest)
         for number, ids in enumerate(prompts):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab:
-                wrong = next(token for token in ids if not 0 <= token < vocab)
+            if (wrong := unknown_token(ids, vocab)) is not None:
                 raise InvalidRequestError(
                     f"{self._name}[{number}] has token id {wrong}; the vocabulary ends at {vocab - 1}"
                 )

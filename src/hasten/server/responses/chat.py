@@ -27,24 +27,15 @@ from hasten.server.openai.types import (
 LOGPROBS = "message.output_text.logprobs"
 
 
-class TextFormat(msgspec.Struct, forbid_unknown_fields=True):
+class TextFormat(JsonSchema, kw_only=True):
     """What the answer's text keeps to."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    strict: bool | None = None
-    schema: Raw = msgspec.field(default_factory=Raw)
 
     def shown(self) -> dict[str, Any]:
         """What an answer says of it."""
         given = {name: getattr(self, name) for name in self.__struct_fields__}
         return {name: value for name, value in given.items() if value is not None and value != Raw()}
-
-    def as_chat(self) -> ResponseFormat:
-        """The same as a chat has it."""
-        schema = JsonSchema(self.name, self.description, self.strict, self.schema)
-        return ResponseFormat(self.type, schema if self.type == "json_schema" else None)
 
 
 class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -54,21 +45,16 @@ class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
     verbosity: str | None = None
 
 
-class ResponseTool(msgspec.Struct, forbid_unknown_fields=True):
+class ResponseTool(Function, kw_only=True, omit_defaults=False):
     """A function that the model may call."""
 
     type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
-class ResponseToolChoice(msgspec.Struct, forbid_unknown_fields=True):
+class ResponseToolChoice(FunctionName, kw_only=True):
     """The function that must be called."""
 
     type: Literal["function"]
-    name: str
 
 
 class InputItem(msgspec.Struct):
@@ -123,14 +109,6 @@ class ResponsesRequest(FieldsWithoutEffect, kw_only=True):
         """Whether the answer's text has the log-probabilities of its tokens."""
         return self.include is not None and LOGPROBS in self.include
 
-    def chat_tools(self) -> list[Tool] | None:
-        """The tools as a chat has them."""
-        if self.tools is None:
-            return None
-        return [
-            Tool("function", Function(tool.name, tool.description, tool.parameters, tool.strict)) for tool in self.tools
-        ]
-
 
 _MAX_ITEMS = 4096
 _TEXTS = ("input_text", "output_text", "text")
@@ -142,17 +120,15 @@ _SAME = (*SharedFields.__struct_fields__, *_OWN)
 def as_chat(body: ResponsesRequest) -> ChatRequest:
     """The chat that a request asks for; OpenAIError names what no model here can do."""
     _check(body)
-    options = body.text
+    kept = None if body.text is None else body.text.format
     choice = body.tool_choice
-    named = NamedToolChoice(FunctionName(choice.name)) if isinstance(choice, ResponseToolChoice) else choice
-    same = {name: getattr(body, name) for name in _SAME}
     return ChatRequest(
-        **same,
+        **{name: getattr(body, name) for name in _SAME},
         messages=list(_messages(body)),
         max_completion_tokens=body.max_output_tokens,
-        response_format=None if options is None or options.format is None else options.format.as_chat(),
-        tools=body.chat_tools(),
-        tool_choice=named,
+        response_format=None if kept is None else ResponseFormat(kept.type, kept),
+        tools=None if body.tools is None else [Tool("function", tool) for tool in body.tools],
+        tool_choice=NamedToolChoice(choice) if isinstance(choice, ResponseToolChoice) else choice,
         logprobs=body.with_logprobs or None,
         top_logprobs=body.top_logprobs,
         reasoning_effort=(body.reasoning or {}).get("effort"),
