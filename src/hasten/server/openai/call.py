@@ -38,13 +38,10 @@ class CallEvents:
         self._usage = Usage(prompts_only=call.prompts_only)
         self._requests = call.requests(self._usage, stream=True)
         self._body: BodyWriter
-        self._ended: asyncio.Future[None]
-        """Comes with the last event."""
-        self._paused = False
-        """Whether nothing may be written now, although the client is not behind."""
+        self._pause: asyncio.Future[tuple[int, Progress] | None]
+        """Comes when callbacks may write no more: with a large progress, after many bytes, or at the end."""
         self._room = SMALL
         """Bytes to look at before others have a turn of the event loop."""
-        self._large: asyncio.Task[None] | None = None
 
     async def first(self) -> bytes:
         """See Events."""
@@ -62,74 +59,42 @@ class CallEvents:
 
     async def write(self, body: BodyWriter) -> None:
         """See Events."""
-        if self._requests.unfinished == 0:
-            return
-        self._body, self._ended = body, asyncio.get_running_loop().create_future()
+        self._body = body
         self._requests.listener = self._flush
         body.listen(self._flush)
         try:
-            self._flush()
-            await self._ended
+            while self._requests.unfinished:
+                self._pause, self._room = asyncio.get_running_loop().create_future(), SMALL
+                self._flush()
+                if (large := await self._pause) is not None:
+                    body.write(await by_size(large[1].size, self._events, *large))
+        except HastenError as error:
+            body.write(self._call.form.error(error))
         finally:
             body.listen(None)
 
     def _flush(self) -> None:
-        """Write what there is. Errors end the answer: whoever calls this has nothing to do with it."""
+        """Write what there is. Errors are those of `write`: whoever calls this has nothing to do with them."""
         try:
-            while self._requests.news and not self._paused and self._body.writable:
+            while self._requests.news and not self._pause.done() and self._body.writable:
                 if (taken := self._requests.take()) is not None:
-                    self._write(*taken)
+                    self._write(taken)
         except Exception as error:
-            self._fail(error)
+            self._pause.set_exception(error)
 
-    def _write(self, number: int, progress: Progress) -> None:
-        size = progress.size
+    def _write(self, taken: tuple[int, Progress]) -> None:
+        size = taken[1].size
         if size > SMALL:
-            self._paused = True
-            self._large = asyncio.create_task(self._write_large(number, progress))
+            self._pause.set_result(taken)
             return
-        self._put(self._events(number, progress))
+        self._body.write(self._events(*taken))
         self._room -= size
-        if self._room < 0:
-            self._paused = True
-            asyncio.get_running_loop().call_soon(self._resume)
-
-    async def _write_large(self, number: int, progress: Progress) -> None:
-        try:
-            events = await by_size(progress.size, self._events, number, progress)
-        except Exception as error:
-            self._fail(error)
-            return
-        self._put(events)
-        self._resume()
-
-    def _put(self, events: bytes) -> None:
-        self._body.write(events)
-        if self._requests.unfinished == 0 and not self._ended.done():
-            self._ended.set_result(None)
-
-    def _resume(self) -> None:
-        self._paused, self._room = False, SMALL
-        self._flush()
-
-    def _fail(self, error: Exception) -> None:
-        """End the answer: with an event where the error is foreseen, else by raising it from `write`."""
-        if self._ended.done():
-            return
-        self._paused = True
-        if isinstance(error, HastenError):
-            self._body.write(self._call.form.error(error))
-            self._ended.set_result(None)
-        else:
-            self._ended.set_exception(error)
+        if self._room < 0 or not self._requests.unfinished:
+            self._pause.set_result(None)
 
     async def close(self) -> None:
         """See Events."""
-        self._paused = True
         self._requests.close()
-        if self._large is not None:
-            self._large.cancel()
-            await asyncio.gather(self._large, return_exceptions=True)
 
 
 @dataclass

@@ -299,7 +299,9 @@ class ChatChoices(Choices):
     def take(self, number: int, progress: Progress) -> list[ChatOutput]:
         """See Choices; a chat has one prompt."""
         outputs = map(self._output, progress.completions)
-        return [each for each in outputs if each.parts or each.logprobs or each.finish_reason]
+        return [
+            each for each in outputs if each.parts or each.finish_reason or (each.logprobs and each.logprobs.content)
+        ]
 
     def _output(self, delta: CompletionDelta) -> ChatOutput:
         if self.reading is None:
