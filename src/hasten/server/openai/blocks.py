@@ -85,7 +85,7 @@ class BlockForm(ABC):
     def _take_part(self, part: Piece, output: ChatOutput) -> Iterator[Event]:
         begins_call = isinstance(part, CallPiece) and part.name is not None
         text = part.arguments if isinstance(part, CallPiece) else part.text
-        if not (begins_call or text or output.logprobs):
+        if not (begins_call or text or output.tokens):
             return
         if begins_call or self._kind is not type(part):
             yield from self._finish()

@@ -125,6 +125,11 @@ class ChatOutput:
     finish_reason: str | None
     stop_reason: StopReason
 
+    @property
+    def tokens(self) -> Sequence[ChatToken]:
+        """Those of the text, where their log-probabilities are wanted."""
+        return () if self.logprobs is None else self.logprobs.content
+
 
 Choice = CompletionChoice | ChatOutput
 
@@ -299,9 +304,7 @@ class ChatChoices(Choices):
     def take(self, number: int, progress: Progress) -> list[ChatOutput]:
         """See Choices; a chat has one prompt."""
         outputs = map(self._output, progress.completions)
-        return [
-            each for each in outputs if each.parts or each.finish_reason or (each.logprobs and each.logprobs.content)
-        ]
+        return [each for each in outputs if each.parts or each.tokens or each.finish_reason]
 
     def _output(self, delta: CompletionDelta) -> ChatOutput:
         if self.reading is None:

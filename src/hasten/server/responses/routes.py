@@ -75,9 +75,8 @@ class ResponseForm(BlockForm):
         kind = self._blocks[-1]["type"]
         event = {"type": f"response.{_TEXTS[kind]}.delta", **self._position, "delta": text}
         if kind == "message":
-            tokens = [] if output.logprobs is None else output.logprobs.content
-            self._tokens += tokens
-            event["logprobs"] = tokens
+            self._tokens += output.tokens
+            event["logprobs"] = output.tokens
         return event
 
     def _end_block(self, text: str) -> Iterator[Event]:
