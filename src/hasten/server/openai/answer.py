@@ -165,8 +165,8 @@ class CompletionForm:
     def _shown(self, piece: Choice) -> Iterable[CompletionChoice | ChatPiece]:
         if isinstance(piece, CompletionChoice):
             return (piece,)
-        is_first = piece.index not in self._begun
-        self._begun.add(piece.index)
+        if is_first := piece.index not in self._begun:
+            self._begun.add(piece.index)
         return chat_pieces(piece, is_first=is_first)
 
     def _metrics(self, usage: Usage) -> bytes:

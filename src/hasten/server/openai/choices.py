@@ -109,21 +109,20 @@ class ChatPiece(msgspec.Struct):
 
     index: int
     delta: ChatMessageOut
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
     stop_reason: StopReason = msgspec.UNSET
 
 
-@dataclass(slots=True)
-class ChatOutput:
+class ChatOutput(msgspec.Struct):
     """An answer to a chat, or what is new of it, for the forms of all APIs."""
 
     index: int
     parts: Sequence[Piece]
     """Text, reasoning and calls, in the order in which the model wrote them."""
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    stop_reason: StopReason
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: StopReason = msgspec.UNSET
 
     @property
     def tokens(self) -> Sequence[ChatToken]:
@@ -303,16 +302,24 @@ class ChatChoices(Choices):
 
     def take(self, number: int, progress: Progress) -> list[ChatOutput]:
         """See Choices; a chat has one prompt."""
-        outputs = map(self._output, progress.completions)
-        return [each for each in outputs if each.parts or each.tokens or each.finish_reason]
+        outputs = []
+        for delta in progress.completions:
+            output = self._output(delta)
+            if output.parts or output.finish_reason is not None or output.tokens:
+                outputs.append(output)
+        return outputs
 
     def _output(self, delta: CompletionDelta) -> ChatOutput:
         if self.reading is None:
             parts: Sequence[Piece] = (TextPiece(delta.text),) if _shows(delta) else ()
         else:
             parts = self._read(self.reading, delta)
-        logprobs = None if delta.logprobs is None else self._logprobs(delta)
-        return ChatOutput(delta.index, parts, logprobs, self._reason(delta), _stop_reason(delta))
+        output = ChatOutput(delta.index, parts)
+        if delta.logprobs is not None:
+            output.logprobs = self._logprobs(delta)
+        if delta.finish_reason is not None:
+            output.finish_reason, output.stop_reason = self._reason(delta), _stop_reason(delta)
+        return output
 
     def _read(self, reading: AnswerReading, delta: CompletionDelta) -> list[Piece]:
         reader = self._readers.get(delta.index)
@@ -325,11 +332,12 @@ class ChatChoices(Choices):
             spans.add(delta.token_ids)
         pieces = reader.feed(delta.text)
         pieces = pieces if delta.finish_reason is None else pieces + reader.end()
-        return [
-            piece._replace(id=reading.call_id()) if isinstance(piece, CallPiece) and piece.name is not None else piece
-            for piece in pieces
-            if reading.shows_reasoning or not isinstance(piece, ReasoningPiece)
-        ]
+        for piece in pieces:
+            if isinstance(piece, CallPiece) and piece.name is not None:
+                piece.id = reading.call_id()
+        if reading.shows_reasoning:
+            return pieces
+        return [piece for piece in pieces if not isinstance(piece, ReasoningPiece)]
 
     def _reason(self, delta: CompletionDelta) -> str | None:
         reader = self._readers.get(delta.index)
@@ -365,15 +373,16 @@ def chat_choice(output: ChatOutput) -> ChatChoice:
     return ChatChoice(output.index, message, output.logprobs, output.finish_reason, output.stop_reason)
 
 
-def chat_pieces(output: ChatOutput, *, is_first: bool) -> Iterator[ChatPiece]:
+def chat_pieces(output: ChatOutput, *, is_first: bool) -> list[ChatPiece]:
     """What is new of an answer: one piece for each part of it; `is_first`: nothing of it came before."""
-    messages = [_message(part) for part in output.parts] or [ChatMessageOut()]
+    pieces = [ChatPiece(output.index, message) for message in map(_message, output.parts)]
+    if not pieces:
+        pieces = [ChatPiece(output.index, ChatMessageOut())]
+    pieces[0].logprobs = output.logprobs
+    pieces[-1].finish_reason, pieces[-1].stop_reason = output.finish_reason, output.stop_reason
     if is_first:
-        messages[0].role = "assistant"
-    for message in messages[:-1]:
-        yield ChatPiece(output.index, message, output.logprobs if message is messages[0] else None, None)
-    logprobs = output.logprobs if len(messages) == 1 else None
-    yield ChatPiece(output.index, messages[-1], logprobs, output.finish_reason, output.stop_reason)
+        pieces[0].delta.role = "assistant"
+    return pieces
 
 
 def _message(part: Piece) -> ChatMessageOut:

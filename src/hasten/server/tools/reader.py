@@ -8,26 +8,28 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
+
+import msgspec
 
 MAX_SPACE = 1024
 """Characters, of spaces and of what names a call: what is longer is text."""
 SPACE = re.compile(r"\s*")
 
 
-class TextPiece(NamedTuple):
+class TextPiece(msgspec.Struct, gc=False):
     """Text that is no call."""
 
     text: str
 
 
-class ReasoningPiece(NamedTuple):
+class ReasoningPiece(msgspec.Struct, gc=False):
     """Text that the model wrote for itself, before its answer."""
 
     text: str
 
 
-class CallPiece(NamedTuple):
+class CallPiece(msgspec.Struct, gc=False):
     """The beginning of a call, which has its name, or more of its arguments' JSON."""
 
     number: int
