@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.params import OpenAIError, text_part, text_parts
 from hasten.server.openai.types import (
     ChatMessage,
     ChatRequest,
@@ -21,11 +21,9 @@ from hasten.server.openai.types import (
 )
 
 
-class ContentBlock(msgspec.Struct):
+class ContentBlock(ContentPart):
     """A part of a message: text, thinking, a call of a tool or its result; `type` says which."""
 
-    type: str
-    text: str | None = None
     thinking: str | None = None
     id: str | None = None
     name: str | None = None
@@ -152,7 +150,7 @@ def _tools(tools: Sequence[MessageTool]) -> Iterator[Tool]:
 
 def _messages(body: CountRequest) -> Iterator[ChatMessage]:
     if body.system is not None:
-        yield ChatMessage(role="system", content=_text("system", body.system))
+        yield ChatMessage(role="system", content=text_parts("system", body.system))
     for number, message in enumerate(body.messages):
         yield from _message(f"messages[{number}]", message)
 
@@ -173,7 +171,7 @@ def _message(where: str, message: Message) -> Iterator[ChatMessage]:
         elif block.type == "thinking" and message.role == "assistant":
             thoughts.append(block.thinking or "")
         else:
-            texts.append(_part(path, block))
+            texts.append(text_part(path, block))
     yield from results
     if texts or calls or not results:
         reasoning = "\n".join(thoughts) or None
@@ -189,18 +187,5 @@ def _call(where: str, block: ContentBlock) -> ToolCall:
 def _result(where: str, block: ContentBlock) -> ChatMessage:
     if block.tool_use_id is None:
         raise OpenAIError(f"{where} has no tool_use_id", param="messages")
-    content = _text(f"{where}.content", block.content or "")
+    content = text_parts(f"{where}.content", block.content or "")
     return ChatMessage(role="tool", content=content, tool_call_id=block.tool_use_id)
-
-
-def _text(where: str, content: str | Sequence[ContentBlock]) -> str | list[ContentPart]:
-    if isinstance(content, str):
-        return content
-    return [_part(f"{where}[{number}]", block) for number, block in enumerate(content)]
-
-
-def _part(where: str, block: ContentBlock) -> ContentPart:
-    if block.type != "text" or block.text is None:
-        param = where.partition("[")[0].partition(".")[0]
-        raise OpenAIError(f"{where} is of type {block.type!r:.80}: the model reads text alone", param=param)
-    return ContentPart(type="text", text=block.text)

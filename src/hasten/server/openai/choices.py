@@ -1,7 +1,7 @@
 """What OpenAI's API answers: choices, whole or piece by piece, in the form of completions or of chats."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec

@@ -1,7 +1,7 @@
 """From a request of OpenAI's API to sampling parameters, for servers and for batches of requests in files."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -12,7 +12,7 @@ from hasten.core.sampling import RULES
 from hasten.core.structured_outputs import ANY_OBJECT
 from hasten.core.types import SamplingParams
 from hasten.server.json_size import check_json_size
-from hasten.server.openai.types import ChatRequest, CompletionRequest, GenerationRequest
+from hasten.server.openai.types import ChatRequest, CompletionRequest, ContentPart, GenerationRequest
 from hasten.server.tokenizing import check_entries
 
 if TYPE_CHECKING:
@@ -66,6 +66,23 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[Decoded]) -> Decoded:
         raise OpenAIError(f"the request is not valid: {error}", param=param) from error
     except _NOT_JSON as error:
         raise OpenAIError(f"the body is not valid JSON: {error}") from error
+
+
+def text_part(where: str, part: ContentPart, kinds: Collection[str] = ("text",)) -> ContentPart:
+    """A part of a message, as chats have it; OpenAIError unless it is text, of a type of these kinds."""
+    if part.type not in kinds or part.text is None:
+        param = where.partition("[")[0].partition(".")[0]
+        raise OpenAIError(f"{where} is of type {part.type!r:.80}: the model reads text alone", param=param)
+    return ContentPart(type="text", text=part.text)
+
+
+def text_parts(
+    where: str, content: str | Sequence[ContentPart], kinds: Collection[str] = ("text",)
+) -> str | list[ContentPart]:
+    """A message's content; errors are those of `text_part`."""
+    if isinstance(content, str):
+        return content
+    return [text_part(f"{where}[{number}]", part, kinds) for number, part in enumerate(content)]
 
 
 def queue_timeout(headers: Mapping[str, str]) -> float | None:

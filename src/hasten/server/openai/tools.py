@@ -122,14 +122,12 @@ class ToolUse:
         return f"call_{secrets.token_hex(12)}"
 
     def _grammar(self, schema: str | None, marks: Marks) -> str | None:
-        known = [function.name for function in self.functions]
-        if isinstance(self.choice, NamedToolChoice):
-            known = [self.choice.function.name]
-        is_required = isinstance(self.choice, NamedToolChoice) or self.choice == "required"
+        named = self.choice.function.name if isinstance(self.choice, NamedToolChoice) else None
+        is_required = named is not None or self.choice == "required"
         schemas = {  # of calls that must be written, even where a function is not strict
             each.name: each.parameters if is_required or each.strict else _ANY_OBJECT
             for each in self.functions
-            if each.name in known
+            if named in (None, each.name)
         }
         grammar = ToolGrammar(self.form, schemas, marks, several=self.max_calls is None)
         if is_required:

@@ -1,12 +1,12 @@
 """Requests of OpenAI's Responses API, its stateless part, and the chats that they are. Others are refused by name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import msgspec
 from msgspec import Raw
 
-from hasten.server.openai.params import OpenAIError
+from hasten.server.openai.params import OpenAIError, text_parts
 from hasten.server.openai.types import (
     ChatMessage,
     ChatRequest,
@@ -202,7 +202,7 @@ def _message(where: str, item: InputItem) -> ChatMessage:
     if item.type in (None, "message"):
         if item.role is None or item.content is None:
             raise OpenAIError(f"{where} must have a role and content", param="input")
-        return ChatMessage(role=item.role, content=_text(f"{where}.content", item.content))
+        return ChatMessage(role=item.role, content=text_parts(f"{where}.content", item.content, _TEXTS))
     if item.type == "function_call":
         if item.name is None or item.call_id is None:
             raise OpenAIError(f"{where} must have a name and a call_id", param="input")
@@ -211,20 +211,11 @@ def _message(where: str, item: InputItem) -> ChatMessage:
     if item.type == "function_call_output":
         if item.output is None or item.call_id is None:
             raise OpenAIError(f"{where} must have a call_id and an output", param="input")
-        return ChatMessage(role="tool", content=_text(f"{where}.output", item.output), tool_call_id=item.call_id)
+        content = text_parts(f"{where}.output", item.output, _TEXTS)
+        return ChatMessage(role="tool", content=content, tool_call_id=item.call_id)
     if item.type == "reasoning":
         parts = item.content if isinstance(item.content, list) else []
         text = "\n".join(part.text or "" for part in parts if part.type == "reasoning_text")
         return ChatMessage(role="assistant", reasoning=text)
     kinds = "message, reasoning, function_call and function_call_output"
     raise OpenAIError(f"{where} is of type {item.type!r:.80}, which is not supported: there are {kinds}", param="input")
-
-
-def _text(where: str, content: str | Sequence[ContentPart]) -> str | list[ContentPart]:
-    if isinstance(content, str):
-        return content
-    for number, part in enumerate(content):
-        if part.type not in _TEXTS or part.text is None:
-            message = f"{where}[{number}] is of type {part.type!r:.80}: the model reads text alone"
-            raise OpenAIError(message, param="input")
-    return [ContentPart(type="text", text=part.text) for part in content]

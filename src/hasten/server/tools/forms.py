@@ -42,12 +42,11 @@ HERMES = ToolForm("hermes", "<tool_call>", "</tool_call>")
 LLAMA = ToolForm("llama3_json", "<|python_tag|>", arguments_key="parameters", begins_bare=True, is_single=True)
 MISTRAL = ToolForm("mistral", "[TOOL_CALLS]", is_list=True, id_length=9)
 MISTRAL_NAMED = ToolForm("mistral", "[TOOL_CALLS]", is_list=True, between="[ARGS]", id_length=9)
-
-
 QWEN_CODER = ToolForm("qwen3_coder", "<tool_call>", "</tool_call>", is_xml=True)
 SEED = ToolForm("seed_oss", "<seed:tool_call>", "</seed:tool_call>", is_xml=True)
 HARMONY_CALLS = ToolForm("openai", "<|channel|>", is_single=True)
-_FUNCTION = "<function="
+_NAMED = {form.name: form for form in (HERMES, LLAMA, MISTRAL, QWEN_CODER, SEED, HARMONY_CALLS)}
+assert set(TOOL_CALL_PARSERS) == {"auto", *_NAMED}
 
 
 def form_of(template: ChatTemplate, parser: str) -> ToolForm:
@@ -55,30 +54,21 @@ def form_of(template: ChatTemplate, parser: str) -> ToolForm:
 
     InvalidRequestError where it has none of them.
     """
-    source = template.tool_source
-    if parser == "auto":
-        parser = _parser_of(source)
-    return {
-        "hermes": HERMES,
-        "llama3_json": LLAMA,
-        "mistral": MISTRAL_NAMED if "[ARGS]" in source else MISTRAL,
-        "qwen3_coder": QWEN_CODER,
-        "seed_oss": SEED,
-        "openai": HARMONY_CALLS,
-    }[parser]
+    form = _shown_by(template.tool_source) if parser == "auto" else _NAMED[parser]
+    return MISTRAL_NAMED if form is MISTRAL and MISTRAL_NAMED.between in template.tool_source else form
 
 
-def _parser_of(source: str) -> str:
+def _shown_by(source: str) -> ToolForm:
     if is_harmony(source):
-        return "openai"
+        return HARMONY_CALLS
     if SEED.opening in source:
-        return "seed_oss"
+        return SEED
     if HERMES.opening in source:
-        return "qwen3_coder" if _FUNCTION in source else "hermes"
+        return QWEN_CODER if "<function=" in source else HERMES
     if MISTRAL.opening in source:
-        return "mistral"
+        return MISTRAL
     if LLAMA.opening in source or '"name": function name, "parameters"' in source:
-        return "llama3_json"
+        return LLAMA
     raise InvalidRequestError(
         "tools: the model's chat template does not show in which form the model writes calls; "
         f"name it with --tool-call-parser, which is one of {', '.join(TOOL_CALL_PARSERS[1:])}"
