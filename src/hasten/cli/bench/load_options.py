@@ -31,7 +31,12 @@ def add_options(parser: Parser) -> None:
 
 def _add_server(parser: Parser) -> None:
     group = parser.add_argument_group("server")
-    group.add_argument("--url", metavar="URL", help="a running server, such as http://HOST:8000 or grpc://HOST:8001")
+    group.add_argument(
+        "--url",
+        metavar="URL",
+        help="a running server, such as http://HOST:8000 or grpc://HOST:8001; with https or grpcs, the environment "
+        "variable SSL_CERT_FILE names a file of trusted authorities",
+    )
     group.add_argument(
         "--api",
         choices=_APIS,
