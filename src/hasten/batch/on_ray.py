@@ -1,7 +1,7 @@
 """A batch's engines on a Ray cluster: one per actor, on GPUs of its own, and as many at a time as there is room for.
 
-This process reads the rows and writes the results, so a batch goes on where it was as on one machine. An actor that
-dies is started again, and what it had is computed by the others.
+This process reads the rows and writes the results, so a batch resumes as on one machine. An actor that dies is
+restarted, and the others compute its rows.
 """
 
 import logging

@@ -1,8 +1,8 @@
 """Specs of training jobs, servers and volumes, with Arena's names. They are validated when they are constructed.
 
-Fields with a help text are the options of `hasten cluster submit`, `serve` and `data create`. None means that the user
-did not say; what holds then is the backend's own business, and the help text tells it. A backend that cannot do what a
-field asks raises UnsupportedError (`backend.refuse_unsupported`).
+Fields with a help text are the options of `hasten cluster submit`, `serve` and `data create`. None stands for the
+backend's default, which the help text gives. A backend that does not support a field raises UnsupportedError
+(`backend.refuse_unsupported`).
 """
 
 import re

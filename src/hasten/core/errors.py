@@ -3,13 +3,13 @@
     HastenError
     ├── ConfigError             an option or a configuration file is wrong or contradicts another
     ├── UnsupportedError        well formed, but hasten does not do it (an architecture, a data type)
-    ├── CheckpointError         a checkpoint cannot be read or written as asked
+    ├── CheckpointError         a checkpoint cannot be read or written
     │   └── ChecksumError       a file differs from what its manifest says
     ├── InvalidRequestError     a request that the engine must refuse: parameters, length, tokens
     ├── CapacityError           memory does not suffice; the message says what to lower
     ├── EngineError             the engine failed while it ran
     │   └── RankError           a rank of a parallel run died; the message names it
-    └── ClusterError            a cluster did not do what it was asked
+    └── ClusterError            a cluster refused or failed a request
         ├── NotFoundError       there is no job, server or volume of that name
         └── ExistsError         there is one already
 

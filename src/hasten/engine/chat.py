@@ -1,6 +1,6 @@
 """From a chat's messages to the prompt that the model was trained on, by its tokenizer's template.
 
-Imports no transformers: what templates find there is made here.
+Imports no transformers: the functions and filters that templates expect of it are defined here.
 """
 
 import datetime

@@ -1,7 +1,7 @@
 """Hugging Face's generation_config.json, whose settings old checkpoints have in config.json.
 
-Of these, hasten takes the end tokens alone; everything else is a request's own. A setting that would change what
-transformers generates is named, so that nobody expects it to act.
+hasten applies the end tokens, and the first and last tokens of encoder-decoders' outputs; all else is a request's own. A
+warning names other settings that change what transformers generates.
 """
 
 from collections.abc import Mapping

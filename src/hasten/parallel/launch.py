@@ -1,7 +1,7 @@
 """Start and end of ranks, whether this process, torchrun, mpirun or a cluster's operator starts them.
 
-Whoever starts them, every rank runs the same program, and rank 0 is the one that the user talks to. The death of a rank
-ends the others: the collective that waits for it fails, and rank 0 says who it was.
+Every rank runs the same program, and rank 0 serves the caller. The death of a rank ends the others (`liveness.py`), and
+rank 0 reports which one died.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Lines of a container's log, also where the connection is cut while they are followed.
 
 The endpoint and its options: kubernetes.io/docs/reference/kubernetes-api/workload-resources/pod-v1 ("read log of the
-specified Pod"). A log is asked for with times, so that one that was cut goes on where it ended: `sinceTime` is read in
-whole seconds, so lines that are known already come again and are left out.
+specified Pod"). A log is requested with times, so that one that was cut resumes where it ended: `sinceTime` is read in
+whole seconds, so lines that were read before come again and are dropped.
 """
 
 import re

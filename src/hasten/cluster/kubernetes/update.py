@@ -1,7 +1,7 @@
 """`serve update triton`: the options of a server are changed and its main object is planned again.
 
-Of the new plan, those fields are applied that the update names, and no others: a server stays as it is otherwise,
-whatever made or changed it since (an autoscaler, kubectl, an earlier version of hasten whose plans were different).
+Only the fields of the new plan that the update names are applied: the rest of a server stays as it is, whatever created
+or changed it since (an autoscaler, kubectl, an earlier version of hasten with other plans).
 """
 
 import json

@@ -1,9 +1,8 @@
 """GPUs of this machine: their number, the queue for them, and their owners.
 
-A request is a ticket, a file in HOME/gpus/HOST whose name is its position in the queue. The first of those that wait is
-served as soon as enough GPUs are free, the others after it, so a large request is not passed by small ones for ever. A
-ticket holds as long as its job's supervisor lives: there is no count that could go wrong, and nobody has to run all the
-time.
+A request is a ticket, a file in HOME/gpus/HOST whose name is its position in the queue. The first in the queue is
+served as soon as enough GPUs are free, the others after it, so small requests do not overtake a large one for ever. A
+ticket is valid while its job's supervisor lives, so there is no counter that could go wrong, and no daemon.
 """
 
 import logging

@@ -1,8 +1,7 @@
 """Cleans up after a supervisor that died: ends the processes of its job or server, and corrects the record.
 
-Whichever command next looks at it does this: `list`, `get`, `submit` of a job that needs GPUs, or the supervisor of one
-that waits for them. Processes that lost their supervisor are killed at once, not asked: nobody keeps their output any
-more.
+The next command that reads the record does this: `list`, `get`, `submit` of a job that needs GPUs, or the supervisor of
+one that waits for them. Processes without a supervisor are killed at once, without a grace period: their output is lost.
 """
 
 import logging

@@ -1,16 +1,16 @@
 """State of the local backend on disk: a folder for each job and server, and the lock of its owner.
 
     HOME/jobs/NAMESPACE/NAME/         a job; HOME/servers/NAMESPACE/NAME@VERSION/ a server
-        spec.json                     what was asked, and the plan made of it; written by commands
-        state.json                    how it is; written by whoever holds `lock`: its supervisor while that lives
+        spec.json                     the spec, and the plan for it; written by commands
+        state.json                    its state; written by the holder of `lock`: the supervisor while that lives
         lock                          locked by the supervisor from before the folder can be seen until its last act
         logs/                         what the instances wrote
     HOME/volumes/NAMESPACE/NAME.json  a volume
-    HOME/gpus/HOST/                   who waits for GPUs and who has them
-    HOME/scratch/                     folders in the making, and those being deleted
+    HOME/gpus/HOST/                   the queue for GPUs, and their owners
+    HOME/scratch/                     folders being created or deleted
 
 Files change in one step (a temporary file, fsync, rename), folders appear and vanish by a rename: a writer that dies
-leaves the old or the new, never a half. The kernel gives a lock back when its holder dies, however that happens.
+leaves the old or the new, never a half. The kernel releases a lock when its holder dies, however that happens.
 """
 
 import errno

@@ -1,6 +1,6 @@
-"""A server whose instances are groups of nodes, as a LeaderWorkerSet: a group comes, fails and goes as one.
+"""A server whose instances are groups of nodes, as a LeaderWorkerSet: a group starts, fails and ends as one.
 
-Every pod of a group runs the same command. LeaderWorkerSet tells it LWS_LEADER_ADDRESS, LWS_GROUP_SIZE and
+Every pod of a group runs the same command. LeaderWorkerSet sets LWS_LEADER_ADDRESS, LWS_GROUP_SIZE and
 LWS_WORKER_INDEX, which hasten reads; other servers get them under torchrun's names, as PET_*. Only the leader answers.
 """
 

@@ -1,7 +1,7 @@
 """A TrainJob (trainer.kubeflow.org/v1alpha1) over the cluster's runtime torch-distributed.
 
-A TrainJob says what to run; how its pods are made is the runtime's, and only some of that can be patched. Its operator
-tells every container the PET_* variables, which torchrun reads.
+A TrainJob says what to run; its runtime decides how pods are built, and only some of that can be patched. Its operator
+sets the PET_* variables, which torchrun reads, in every container.
 """
 
 from hasten.cluster.manifests.job import job_command, job_labels, job_metadata, time_limits
