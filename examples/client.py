@@ -3,8 +3,8 @@
     hasten serve MODEL
     python examples/client.py --tokenizer MODEL --prompt "deepspeed is"
 
-Needs `tritonclient[grpc]` and `transformers`, not hasten: it works with any server of Triton's protocol that has a model
-with FasterTransformer's tensors.
+Needs `tritonclient[grpc]` and `transformers`, not hasten: it works with any server of Triton's protocol that has a
+model with FasterTransformer's tensors.
 """
 
 import argparse

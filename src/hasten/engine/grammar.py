@@ -1,7 +1,7 @@
 """Grammars compiled by llguidance, which is imported with the first one. Never imports torch or numpy.
 
-Each grammar is first compiled within limits, in a process of its own (`grammar_trial.py`), and then for use, on a thread
-of its own.
+Each grammar is first compiled within limits, in a process of its own (`grammar_trial.py`), and then for use, on a
+thread of its own.
 """
 
 import threading

@@ -1,7 +1,7 @@
 """Hugging Face's generation_config.json, whose settings old checkpoints have in config.json.
 
-hasten applies the end tokens, and the first and last tokens of encoder-decoders' outputs; all else is a request's own. A
-warning names other settings that change what transformers generates.
+hasten applies the end tokens, and the first and last tokens of encoder-decoders' outputs; all else is a request's own.
+A warning names other settings that change what transformers generates.
 """
 
 from collections.abc import Mapping

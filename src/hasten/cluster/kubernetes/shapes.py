@@ -1,7 +1,7 @@
 """The fields that are read of pods and jobs, of which there may be thousands: the rest of an answer is skipped.
 
-Most of a pod is not needed here (managers of fields, environments, probes), and skipping it takes a fraction of the time
-of building it.
+Most of a pod is not needed here (managers of fields, environments, probes), and skipping it takes a fraction of the
+time of building it.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Folders at other paths, for one process and its children: `python -m hasten.cluster.local.mounts JSON COMMAND…`.
 
 The process gets a mount namespace of its own, and a user namespace too unless it may mount anyway; it keeps its user.
-Folders are bound to their paths there, which the rest of the machine does not see. A path that does not exist is created
+Folders are bound to their paths there, which the rest of the machine does not see. A missing path is created
 without a trace: the nearest folder that does exist is replaced, in the namespace, by one in memory that holds all its
 entries (bound one by one) and the new one. That folder can be read only: what would be created right in it would vanish
 with the job. In a folder that was mounted before it, the path is really created, as container engines do. Then the

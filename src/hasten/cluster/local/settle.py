@@ -1,7 +1,7 @@
 """Cleans up after a supervisor that died: ends the processes of its job or server, and corrects the record.
 
 The next command that reads the record does this: `list`, `get`, `submit` of a job that needs GPUs, or the supervisor of
-one that waits for them. Processes without a supervisor are killed at once, without a grace period: their output is lost.
+one that waits for them. Processes without a supervisor are killed without a grace period: their output is lost.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """A PyTorchJob (kubeflow.org/v1), named and labelled as Arena does it.
 
-Its operator sets MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK in every container, and, for torchrun, the same as PET_*.
+Its operator sets MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK in every container, and the same as PET_* for torchrun.
 """
 
 import math
