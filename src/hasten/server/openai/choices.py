@@ -1,8 +1,8 @@
 """What OpenAI's API answers: choices, whole or piece by piece, in the form of completions or of chats."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import msgspec
 
@@ -133,19 +133,6 @@ class ChatOutput(msgspec.Struct):
 Choice = CompletionChoice | ChatOutput
 
 
-class Choices(ABC):
-    """Makes choices of what the engine says. `number` counts the request's prompts, `progress` is about one of them."""
-
-    @property
-    def reasoning_tokens(self) -> int | None:
-        """Tokens so far that models wrote for themselves; None of answers without reasoning."""
-        return None
-
-    @abstractmethod
-    def take(self, number: int, progress: Progress) -> Sequence[Choice]:
-        """The choices, or pieces of choices, in one progress."""
-
-
 def _shows(delta: CompletionDelta) -> bool:
     """Whether there is anything to see: a token may be the beginning of a character, or of a stop string."""
     return bool(delta.text or delta.logprobs) or delta.finish_reason is not None
@@ -165,9 +152,13 @@ def _value(entry: Logprob) -> float:
 
 
 @dataclass
-class CompletionChoices(Choices):
-    """Completions: with `echo`, each begins with its prompt. Choices are numbered through all prompts."""
+class CompletionChoices:
+    """Makes completions of what the engine says: with `echo`, each begins with its prompt.
 
+    They are numbered through all prompts.
+    """
+
+    reasoning_tokens: ClassVar[None] = None
     n: int
     echo: bool = False
     prompts_only: bool = False
@@ -175,15 +166,23 @@ class CompletionChoices(Choices):
     tokenizer: Tokenizer | None = None
     texts: Sequence[str | None] = ()
     """Prompts that were given as texts; others are decoded."""
+    best_only: bool = False
+    """Whether more completions come, all at once, than the `n` whose tokens are the most probable on the average."""
+    with_logprobs: bool = True
+    """Whether those are shown that the best are found by."""
     _offsets: dict[int, int] = field(default_factory=dict)
     """Choice -> characters of its text so far."""
     _first: dict[int, Progress] = field(default_factory=dict)
     """Prompt -> its first progress, which has the prompt's log-probabilities."""
 
     def take(self, number: int, progress: Progress) -> list[CompletionChoice]:
-        """See Choices."""
+        """The choices, or pieces of choices, in a progress of a prompt of this number."""
         if self.echo:
             self._first.setdefault(number, progress)
+        if self.best_only:
+            progress.completions = sorted(progress.completions, key=_mean_logprob, reverse=True)[: self.n]
+            for index, delta in enumerate(progress.completions):
+                delta.index, delta.logprobs = index, delta.logprobs if self.with_logprobs else None
         if self.prompts_only:
             for delta in progress.completions:
                 _leave_out_tokens(delta)
@@ -236,33 +235,23 @@ def _leave_out_tokens(delta: CompletionDelta) -> None:
         delta.finish_reason = FinishReason.LENGTH
 
 
-@dataclass
-class BestChoices(Choices):
-    """The best of more completions than are shown: those whose tokens were the most probable on the average."""
-
-    choices: CompletionChoices
-    with_logprobs: bool
-
-    def take(self, number: int, progress: Progress) -> list[CompletionChoice]:
-        """See Choices; all completions of a prompt come in one progress."""
-        progress.completions = sorted(progress.completions, key=_mean_logprob, reverse=True)[: self.choices.n]
-        for index, delta in enumerate(progress.completions):
-            delta.index = index
-            if not self.with_logprobs:
-                delta.logprobs = None
-        return self.choices.take(number, progress)
-
-
 def completion_choices(
     body: CompletionRequest, prompts: Sequence[str | list[int]], params: SamplingParams, tokenizer: Tokenizer | None
-) -> Choices:
-    """The form of the answer to POST /v1/completions; OpenAIError where it needs a tokenizer and there is none."""
+) -> CompletionChoices:
+    """Those of POST /v1/completions; OpenAIError where they need a tokenizer and there is none."""
     if body.echo and tokenizer is None:
         raise OpenAIError("echo needs a tokenizer, and the model has none", param="echo")
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
     shown = 1 if body.n is None else body.n
-    choices = CompletionChoices(shown, bool(body.echo), body.shows_prompts_only, tokenizer, texts)
-    return choices if params.n == shown else BestChoices(choices, with_logprobs=body.logprobs is not None)
+    return CompletionChoices(
+        shown,
+        bool(body.echo),
+        body.shows_prompts_only,
+        tokenizer,
+        texts,
+        best_only=params.n != shown,
+        with_logprobs=body.logprobs is not None,
+    )
 
 
 def _mean_logprob(delta: CompletionDelta) -> float:
@@ -282,8 +271,8 @@ def _by_text(top: dict[int, Logprob]) -> dict[str, float]:
 
 
 @dataclass
-class ChatChoices(Choices):
-    """Answers of a chat, which have reasoning and calls of tools where `reading` says how they are read."""
+class ChatChoices:
+    """Makes answers of a chat of what the engine says: `reading` says how reasoning and calls are read in them."""
 
     top_logprobs: int = 0
     reading: AnswerReading | None = None
@@ -295,13 +284,13 @@ class ChatChoices(Choices):
 
     @property
     def reasoning_tokens(self) -> int | None:
-        """See Choices."""
+        """Tokens so far that models wrote for themselves; None of answers without reasoning."""
         if self.reading is None or not self.reading.may_reason:
             return None
         return sum(spans.count(self._readers[index].reasoned) for index, spans in self._spans.items())
 
     def take(self, number: int, progress: Progress) -> list[ChatOutput]:
-        """See Choices; a chat has one prompt."""
+        """The answers, or what is new of them, in a progress; a chat has one prompt."""
         outputs = []
         for delta in progress.completions:
             output = self._output(delta)
@@ -353,6 +342,9 @@ class ChatChoices(Choices):
         chosen = _token_logprob(token, top[token])
         others = [_token_logprob(other, entry) for _, other, entry in listed[: self.top_logprobs]]
         return ChatToken(chosen.token, chosen.logprob, chosen.bytes, others)
+
+
+Choices = CompletionChoices | ChatChoices
 
 
 def chat_choice(output: ChatOutput) -> ChatChoice:
