@@ -55,10 +55,8 @@ class Found:
         return self.start(items, self.begun, stream=stream)
 
 
-@dataclass(frozen=True)
-class _Serving:
-    by_id: Mapping[str, Key]
-    engines: Mapping[Key, EngineClient]
+_Serving = Mapping[str, tuple[Key, EngineClient]]
+"""Engines by the names that clients use."""
 
 
 class ModelFinder:
@@ -71,23 +69,22 @@ class ModelFinder:
 
     def names(self) -> list[str]:
         """All names."""
-        return list(self._served().by_id)
+        return list(self._served())
 
     def find(self, name: str) -> Found:
         """The model of this name, whether or not its engine is ready."""
         self._service.check_open()
         serving = self._served()
-        found = serving.by_id
-        if name not in found:
-            message = f"the model {name!r:.200} does not exist; there are: {', '.join(found) or 'none'}"
+        if name not in serving:
+            message = f"the model {name!r:.200} does not exist; there are: {', '.join(serving) or 'none'}"
             raise OpenAIError(message, status=404, param="model", code="model_not_found")
-        key = found[name]
+        key, client = serving[name]
         note_model(name)
-        return Found(name, serving.engines[key], partial(self._service.tally, *key))
+        return Found(name, client, partial(self._service.tally, *key))
 
     def find_any(self, name: str | None) -> Found:
         """The same; without a name, the only model that there is."""
-        return self.find(self._only(self._served().by_id) if name is None else name)
+        return self.find(self._only(self._served()) if name is None else name)
 
     def find_generator(self, name: str) -> Found:
         """The model of this name, whose engine is ready and generates text; EngineError where it is not ready."""
@@ -99,8 +96,8 @@ class ModelFinder:
         """The same that makes vectors or scores of texts; without a name, the only one."""
         if name is None:
             serving = self._served()
-            pooling = {each: key for each, key in serving.by_id.items() if serving.engines[key].info.pooling}
-            name = self._only(pooling or serving.by_id)
+            pooling = {each: (key, client) for each, (key, client) in serving.items() if client.info.pooling}
+            name = self._only(pooling or serving)
         return self._ready(self.find(name))
 
     def _ready(self, found: Found) -> Found:
@@ -108,16 +105,17 @@ class ModelFinder:
             raise EngineError(f"the engine of model {found.name!r} is not ready; it starts again, try again soon")
         return found
 
-    def _only(self, by_id: Mapping[str, Key]) -> str:
-        if len(set(by_id.values())) > 1:
-            raise OpenAIError(f"give the model; there are: {', '.join(by_id)}", param="model")
-        return next(iter(by_id), "")
+    def _only(self, serving: _Serving) -> str:
+        if len({key for key, _ in serving.values()}) > 1:
+            raise OpenAIError(f"give the model; there are: {', '.join(serving)}", param="model")
+        return next(iter(serving), "")
 
     def _served(self) -> _Serving:
         """What serves now. All requests that come in one turn of the event loop share it: they come in bursts."""
         if self._serving is None:
             engines = self._service.engines()
-            self._serving = _Serving(models_by_id(engines, self._service.text_models()), engines)
+            by_id = models_by_id(engines, self._service.text_models())
+            self._serving = {name: (key, engines[key]) for name, key in by_id.items()}
             asyncio.get_running_loop().call_soon(self._forget)
         return self._serving
 

@@ -29,16 +29,17 @@ _FOR_TEMPLATES = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 def characters(body: ChatRequest, tools: Descriptions = None) -> int:
     """Of all messages, and about those of the tools."""
-    described = 0 if tools is None else len(_encode(tools))
-    return described + sum(map(_characters, body.messages))
+    count = 0 if tools is None else len(_encode(tools))
+    for message in body.messages:
+        count += sum(map(len, (message.reasoning or message.reasoning_content or "", *_texts(message))))
+        count += 0 if not message.tool_calls else len(_encode(message.tool_calls))
+    return count
 
 
-def _characters(message: ChatMessage) -> int:
-    calls = 0 if not message.tool_calls else len(_encode(message.tool_calls))
-    reasoning = len(message.reasoning or message.reasoning_content or "")
+def _texts(message: ChatMessage) -> list[str]:
     if isinstance(message.content, list):
-        return calls + reasoning + sum(len(part.text or "") for part in message.content)
-    return calls + reasoning + len(message.content or "")
+        return [part.text or "" for part in message.content]
+    return [message.content or ""]
 
 
 def chat_text(
@@ -62,7 +63,7 @@ def chat_reasoning(body: ChatRequest, template: ChatTemplate, prompt: str, parse
     form = reasoning_form(template.tool_source, parser)
     if form is None:
         return None
-    stage = form.stage(prompt, _text(body.messages[-1]) if body.continue_final_message else None)
+    stage = form.stage(prompt, "\n".join(_texts(body.messages[-1])) if body.continue_final_message else None)
     return None if stage is None else Reasoning(form, stage, body.include_reasoning is not False)
 
 
@@ -75,12 +76,6 @@ def _variables(body: ChatRequest, template: ChatTemplate) -> dict[str, Any] | No
         message = "reasoning_effort is not supported: the model's chat template has no room for it; leave it out"
         raise OpenAIError(message, param="reasoning_effort")
     return {"reasoning_effort": effort} | (body.chat_template_kwargs or {})
-
-
-def _text(message: ChatMessage) -> str:
-    if isinstance(message.content, list):
-        return "\n".join(part.text or "" for part in message.content)
-    return message.content or ""
 
 
 def _plain(message: ChatMessage) -> dict[str, Any]:

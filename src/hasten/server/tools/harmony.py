@@ -1,9 +1,9 @@
 """Answers in channels, as gpt-oss writes them: `analysis` is reasoning, `commentary` has calls, `final` answers."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-from hasten.server.tools.reader import MAX_SPACE, AnswerReader, Reading, ReasoningPiece, Span, TextPiece
+from hasten.server.tools.reader import MAX_SPACE, AnswerReader, Reading, ReasoningPiece, TextPiece
 from hasten.server.tools.rules import Marks
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
@@ -29,12 +29,6 @@ class HarmonyReader(AnswerReader):
         self._with_calls = with_calls
         self._begun = {TextPiece: False, ReasoningPiece: False}
         """Whether a message of this kind had text, which the next one begins a line after."""
-        self._spans: list[Span] = []
-
-    @property
-    def reasoned(self) -> Sequence[Span]:
-        """See AnswerReader."""
-        return self._spans
 
     def _read(self) -> Reading[None]:
         """One message, up to its end."""
@@ -45,13 +39,13 @@ class HarmonyReader(AnswerReader):
         if recipient is not None and is_call:
             self._begin_call(recipient[1].removeprefix(_NAMESPACE))
         if is_reasoning:
-            self._spans.append((begin, None))
+            self.reasoned.append((begin, None))
         put = self._put_arguments if is_call else self._putter(ReasoningPiece if is_reasoning else TextPiece)
         mark = yield from self._until(put, *_ENDS)
         if is_call:
             self._end_call()
         if is_reasoning and mark:
-            self._spans[-1] = (begin, self._position + (0 if mark in (START, CHANNEL) else len(mark)))
+            self.reasoned[-1] = (begin, self._position + (0 if mark in (START, CHANNEL) else len(mark)))
         self._at += 0 if mark == CHANNEL else len(mark)  # a channel is the next message's
 
     def _header(self) -> Reading[str]:

@@ -61,6 +61,8 @@ class AnswerReader(ABC):
     def __init__(self, max_calls: int | None = None) -> None:
         self.calls = 0
         """Calls that have begun."""
+        self.reasoned: list[Span] = []
+        """Where reasoning stands in the text so far, with its marks."""
         self._max_calls = max_calls
         self._text, self._at = "", 0
         """What is not read or not decided yet, and how much of it is read."""
@@ -77,11 +79,6 @@ class AnswerReader(ABC):
         self._has_arguments = False
         self._pieces: list[Piece] = []
         self._steps = self._all()
-
-    @property
-    def reasoned(self) -> Sequence[Span]:
-        """Where reasoning stands in the text so far, with its marks."""
-        return ()
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that more text brings."""

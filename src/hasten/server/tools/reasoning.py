@@ -13,7 +13,6 @@ from hasten.server.tools.reader import (
     Piece,
     Reading,
     ReasoningPiece,
-    Span,
     TextPiece,
 )
 
@@ -96,37 +95,29 @@ class ReasoningReader(AnswerReader):
         super().__init__()
         self._form = form
         self._rest_reader = rest
-        self._stage: Stage | None = stage
-        self._end = 0
-        """Characters up to the end of the reasoning."""
+        self._is_ahead = stage is Stage.AHEAD
+        self.reasoned = [] if self._is_ahead else [(0, None)]
         self._begun = False
         """Whether reasoning was given."""
         self._trailing = ""
         """Spaces behind it."""
-
-    @property
-    def reasoned(self) -> Sequence[Span]:
-        """See AnswerReader."""
-        if self._stage is Stage.INSIDE:
-            return ((0, None),)
-        return ((0, self._end),) if self._end else ()
 
     def end(self) -> list[Piece]:
         """See AnswerReader."""
         return [*super().end(), *self._rest_reader.end()]
 
     def _read(self) -> Reading[None]:
-        if self._stage is Stage.AHEAD:
-            self._stage = None
+        if self._is_ahead:
+            self._is_ahead = False
             self._hold()
             yield from self._skip(SPACE)
             if not (yield from self._sees(self._form.opening)):
                 raise BrokenOffError
-            self._held, self._stage = None, Stage.INSIDE
+            self._held, self.reasoned = None, [(0, None)]
             self._at += len(self._form.opening)
-        if self._stage is Stage.INSIDE and (yield from self._until(self._put_reasoning, self._form.closing)):
+        if self.reasoned == [(0, None)] and (yield from self._until(self._put_reasoning, self._form.closing)):
             self._at += len(self._form.closing)
-            self._stage, self._end = None, self._position
+            self.reasoned = [(0, self._position)]
             yield from self._skip(SPACE)
         self._put_text((yield from self._rest()))
 
