@@ -1,6 +1,5 @@
 """Requests of OpenAI's Responses API, its stateless part, and the chats that they are. Others are refused by name."""
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -124,7 +123,7 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     choice = body.tool_choice
     return ChatRequest(
         **{name: getattr(body, name) for name in _SAME},
-        messages=list(_messages(body)),
+        messages=_messages(body),
         max_completion_tokens=body.max_output_tokens,
         response_format=None if kept is None else ResponseFormat(kept.type, kept),
         tools=None if body.tools is None else [Tool("function", tool) for tool in body.tools],
@@ -164,30 +163,22 @@ def _check(body: ResponsesRequest) -> None:
         raise OpenAIError(f"input is limited to {_MAX_ITEMS} items, got {len(body.input)}", param="input")
 
 
-def _messages(body: ResponsesRequest) -> Iterator[ChatMessage]:
-    if body.instructions is not None:
-        yield ChatMessage(role="system", content=body.instructions)
+def _messages(body: ResponsesRequest) -> list[ChatMessage]:
+    messages = [] if body.instructions is None else [ChatMessage(role="system", content=body.instructions)]
     if isinstance(body.input, str):
-        yield ChatMessage(role="user", content=body.input)
-        return
-    said: ChatMessage | None = None
-    """The assistant's message that calls go into."""
+        return [*messages, ChatMessage(role="user", content=body.input)]
     for number, item in enumerate(body.input):
         message = _message(f"input[{number}]", item)
-        if said is not None and message.role == "assistant" and (message.tool_calls or _is_reasoning(said)):
-            _join(said, message)
-            continue
-        if said is not None:
-            yield said
-        said = message if message.role == "assistant" else None
-        if said is None:
-            yield message
-    if said is not None:
-        yield said
+        if messages and message.role == "assistant" and _goes_on(messages[-1], message):
+            _join(messages[-1], message)
+        else:
+            messages.append(message)
+    return messages
 
 
-def _is_reasoning(message: ChatMessage) -> bool:
-    return message.content is None and message.tool_calls is None
+def _goes_on(said: ChatMessage, more: ChatMessage) -> bool:
+    """Whether a chat has both in one message of the assistant: calls, or what follows reasoning."""
+    return said.role == "assistant" and (bool(more.tool_calls) or (said.content is None and said.tool_calls is None))
 
 
 def _join(said: ChatMessage, more: ChatMessage) -> None:
