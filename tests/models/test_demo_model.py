@@ -1,8 +1,9 @@
 """The demo model knows the ends of the stories, and would not if attention, norms or cache were a little wrong."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor
@@ -25,10 +26,8 @@ MOST_BYTES = 8 * 1000**2
 LEAST_ACCURACY = 60.0
 HARMED = 48
 """Stories on which a harm is measured."""
-QUANTIZED = 100
-"""Stories that are answered with quantized weights as well."""
 CALIBRATED = 128
-"""Others with which weights of 4 bits are calibrated."""
+"""Other stories with which weights of 4 bits are calibrated."""
 BESIDE_HUGGING_FACE = 32
 """Stories that Hugging Face answers as well."""
 
@@ -101,26 +100,35 @@ def test_it_knows_how_most_stories_end(unharmed: lambada.LambadaResult) -> None:
     assert unharmed.accuracy >= LEAST_ACCURACY
 
 
-@pytest.mark.parametrize("scheme", ["int8", "w8a8", "fp8"])
+def points_lost(llm: LLM, samples: list[lambada.Sample], unharmed: lambada.LambadaResult) -> float:
+    """What a quantized model loses of the unharmed one's accuracy on these, the first samples of all.
+
+    A hundred would be too few: other samples of a calibration, or another processor's rounding, move it by three there.
+    """
+    before = sum(answer.right for answer in unharmed.answers[: len(samples)])
+    return 100 * (before - answers(llm, samples).right) / len(samples)
+
+
+# float8 is computed by conversions on a CPU, which takes longer
+@pytest.mark.parametrize(("scheme", "stories"), [("int8", 512), ("w8a8", 512), ("fp8", 256)])
 def test_weights_of_8_bits_cost_it_at_most_a_point(
-    scheme: Quantization, samples: list[lambada.Sample], unharmed: lambada.LambadaResult, llm: LLM
+    scheme: Quantization, stories: int, samples: list[lambada.Sample], unharmed: lambada.LambadaResult
 ) -> None:
-    options: dict[str, Any] = {"dtype": "fp32", "device": "cpu", "kv_cache_memory": 64 << 20}
-    with LLM(FOLDER, quantization=scheme, **options) as quantized:
-        found = answers(quantized, samples[:QUANTIZED])
-    before = sum(answer.right for answer in unharmed.answers[:QUANTIZED])
-    assert found.right >= before - QUANTIZED / 100
+    with LLM(FOLDER, quantization=scheme, dtype="fp32", device="cpu", kv_cache_memory=64 << 20) as quantized:
+        assert points_lost(quantized, samples[:stories], unharmed) <= 1
 
 
 def test_a_calibrated_checkpoint_with_weights_of_4_bits_costs_it_at_most_two_points(
     samples: list[lambada.Sample], unharmed: lambada.LambadaResult, llm: LLM, tmp_path: Path
 ) -> None:
-    others = [sample.prompt_ids + sample.target_ids for sample in samples[QUANTIZED : QUANTIZED + CALIBRATED]]
-    quantize(str(FOLDER), tmp_path / "out", QuantizeOptions("int4", samples=others, device="cpu"))
+    others = tmp_path / "others.jsonl"
+    command = [sys.executable, STORIES.with_name("generate.py"), "--exclude", STORIES, "--output", others]
+    subprocess.run([*command, "--count", str(CALIBRATED), "--seed", "1"], check=True)
+    read = lambada.read_samples(str(others), llm.tokenizer)
+    calibration = [sample.prompt_ids + sample.target_ids for sample in read]
+    quantize(str(FOLDER), tmp_path / "out", QuantizeOptions("int4", samples=calibration, device="cpu"))
     with LLM(tmp_path / "out", dtype="fp32", device="cpu", kv_cache_memory=64 << 20) as quantized:
-        found = answers(quantized, samples[:QUANTIZED])
-    before = sum(answer.right for answer in unharmed.answers[:QUANTIZED])
-    assert found.right >= before - 2 * QUANTIZED / 100
+        assert points_lost(quantized, samples, unharmed) <= 2
 
 
 def test_its_answers_are_those_of_hugging_face(
