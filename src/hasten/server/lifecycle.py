@@ -8,8 +8,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any
 
 from hasten.core.errors import CapacityError, HastenError
@@ -54,12 +53,10 @@ class Registry:
         self._requested: set[str] = set()
         """Models that were loaded for their own sake and not for another's."""
         self._stamps: dict[str, int] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        """Loading and unloading, which nobody may have waited for to its end."""
+        self._tasks: dict[asyncio.Task[None], list[str]] = {}
+        """Loading and unloading, and models that each loads now or waits for its turn to."""
         self._left: set[asyncio.Task[None]] = set()
         """Those of them that nobody waits for any more."""
-        self._loading: dict[str, list[asyncio.Task[None]]] = defaultdict(list)
-        """Those that load a model or wait for their turn to, for its own sake or for another's."""
         self._unloading: Counter[str] = Counter()
         """Models to be unloaded, by how many calls."""
         self._ending: dict[Version, asyncio.Task[None]] = {}
@@ -177,8 +174,8 @@ class Registry:
     async def _finish(self, work: Coroutine[Any, Any, None]) -> None:
         """Do it to its end, also if the caller is cancelled."""
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = []
+        task.add_done_callback(self._tasks.pop)
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -192,8 +189,9 @@ class Registry:
 
     def _give_up_loads(self, name: str) -> None:
         """Cancel the loads of a model that is to be unloaded, but for those that a caller waits for."""
-        for task in self._left.intersection(self._loading[name]):
-            task.cancel()
+        for task in self._left:
+            if name in self._tasks.get(task, ()):
+                task.cancel()
 
     async def _load_requested(self, name: str, config_json: str | None, files: Files) -> None:
         try:
@@ -213,6 +211,9 @@ class Registry:
         trail: tuple[str, ...],
         failed: dict[str, ServiceError],
     ) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "loading is a task"
+        loading = self._tasks[task]
         try:
             description = await self._describe(name, config_json, files)
             for needed, _ in dependencies(description):
@@ -222,26 +223,17 @@ class Registry:
                     raise failed[needed]
                 if not self.any_serves(needed):
                     await self._load(needed, None, {}, (*trail, name), failed)
-            async with self._turn_to_load(name):
+            loading.append(name)
+            async with self._locks[name]:
                 if not (trail and self.any_serves(name)):  # meanwhile another one may have needed it too
                     await self._replace(description)
         except ServiceError as error:
             self.failures[name] = LoadFailure.of(error)
             failed[name] = error
             raise
-        self.failures.pop(name, None)
-
-    @asynccontextmanager
-    async def _turn_to_load(self, name: str) -> AsyncGenerator[None, None]:
-        """Waits until no other call loads or unloads the model."""
-        task = asyncio.current_task()
-        assert task is not None, "loading is a task"
-        self._loading[name].append(task)
-        try:
-            async with self._locks[name]:
-                yield
         finally:
-            self._loading[name].remove(task)
+            loading[:] = [each for each in loading if each != name]
+        self.failures.pop(name, None)
 
     async def _describe(self, name: str, config_json: str | None, files: Files) -> Description:
         failed = f"failed to load '{name[:_LONGEST_SHOWN]}', failed to poll from model repository"
