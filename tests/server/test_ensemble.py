@@ -15,9 +15,9 @@ from hasten.server.lifecycle import Registry
 from hasten.server.models import text_processing
 from hasten.server.models.config import completed, is_decoupled, parse_config
 from hasten.server.models.ensemble import Ensemble, ordered_steps
-from hasten.server.models.work import Outcome, Work
+from hasten.server.models.work import Work
 from hasten.server.statistics import FailureReason
-from hasten.server.types import ErrorKind, InferRequest, RequestedOutput, ServiceError, Tensor
+from hasten.server.types import ErrorKind, InferRequest, InferResponse, RequestedOutput, ServiceError, Tensor
 
 pytestmark = pytest.mark.any_python
 
@@ -199,12 +199,12 @@ class Adder:
         self.responses = responses
         self.error = error
 
-    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+    async def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         for count in range(self.responses):
             data = work.inputs["IN"].data + 1 + count
             if self.error:
                 raise ServiceError(ErrorKind.INTERNAL, "this is the model's own error")
-            yield Outcome([Tensor("OUT", "FP32", data.shape, data)], count + 1 == self.responses)
+            yield work.response([Tensor("OUT", "FP32", data.shape, data)], count + 1 == self.responses)
 
     async def close(self, timeout: float) -> None:
         pass
@@ -236,7 +236,7 @@ class Shelf:
             def use(self) -> AbstractContextManager[None]:
                 return nullcontext()
 
-            def run(self, request: InferRequest) -> AsyncGenerator[Outcome, None]:
+            def run(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
                 inputs = {tensor.name: tensor for tensor in request.inputs}
                 return self.model.execute(Work("", self.name, inputs, 1, frozenset(), {}))
 

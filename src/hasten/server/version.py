@@ -51,7 +51,7 @@ class Version:
         self.state = State.LOADING
         self.reason = ""
         """Why it is not available."""
-        self._rules = Rules(description.config)
+        self._rules = Rules(description.config, number)
         self._counters = counters
         self._model: Model | None = None
         self._users = 0
@@ -104,23 +104,23 @@ class Version:
     async def run(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """The responses to a request, checked and counted. Raises ServiceError alone."""
         work = self._rules.work(request)
-        outcomes, number = self.model.execute(work), str(self.number)
+        responses = self.model.execute(work)
         tally = Tally(self._counters, work.clock, work.batch_size, decoupled=is_decoupled(self.config))
         with self.use():
             try:
-                async with aclosing(outcomes):
-                    async for outcome in outcomes:
+                async with aclosing(responses):
+                    async for response in responses:
                         tally.respond()
-                        if outcome.final:
+                        if response.final:
                             tally.succeed()
-                        yield InferResponse(request.model, number, request.id, outcome.outputs, outcome.final)
+                        yield response
             except BaseException as error:
                 tally.fail(error)
                 if isinstance(error, HastenError):
                     raise service_error(error, request.id) from error
                 if not isinstance(error, Exception):  # the client has left
                     raise
-                _log.error("model %s version %s failed on a request", self.name, number, exc_info=error)
+                _log.error("model %s version %s failed on a request", self.name, self.number, exc_info=error)
                 text = f"model '{self.name}' failed; the server's log says more"
                 raise ServiceError(ErrorKind.INTERNAL, text) from error
 

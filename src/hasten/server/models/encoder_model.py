@@ -26,11 +26,11 @@ from hasten.server.json_size import check_json_size
 from hasten.server.models.config import parameter, wrong
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, ENCODER_TYPES, POOLING_KINDS, Kind
 from hasten.server.models.model import DependentModel, EngineModel
-from hasten.server.models.work import Outcome, Work, decoded
+from hasten.server.models.work import Work, decoded
 from hasten.server.pooling.call import Numbers, PoolingCall, Result
 from hasten.server.pooling.texts import TextReader
 from hasten.server.pooling.types import check_count
-from hasten.server.types import Tensor
+from hasten.server.types import InferResponse, Tensor
 
 if TYPE_CHECKING:
     from hasten.server.lifecycle import Registry
@@ -81,7 +81,7 @@ class EncoderModel(EngineModel):
         super().__init__(engine)
         self._outputs = _OUTPUTS[parameter(config, "model_type", DEFAULT_MODEL_TYPE)]
 
-    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+    async def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         """One response."""
         outputs = {name: task for name, task in self._outputs.items() if name in work.outputs}
         params = {name: pooling_params(work, task) for name, task in outputs.items()}
@@ -94,7 +94,7 @@ class EncoderModel(EngineModel):
             found[name] = await call.results(requests, each)
             work.clock.wait(max(result.queue_seconds for result in found[name]))
         work.clock.compute()
-        yield Outcome([await _tensor(name, results) for name, results in found.items()], final=True)
+        yield work.response([await _tensor(name, results) for name, results in found.items()], final=True)
 
     def _requests(self, work: Work, params: PoolingParams) -> list[Request]:
         """A request of each item; InvalidRequestError names the item and the input that is wrong."""
@@ -177,7 +177,7 @@ class PooledTextModel(DependentModel):
             raise wrong(config, f"parameter 'kind' is {kind.value!r}, but the model {does}")
         self.token_model_tokenizer()
 
-    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+    async def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         """One response."""
         served = self.find()
         with served.use():
@@ -186,7 +186,7 @@ class PooledTextModel(DependentModel):
             work.clock.wait(max(result.queue_seconds for result in results))
             work.clock.compute()
             size = _NUMBER_BYTES * sum(result.numbers.size for result in results)
-            yield Outcome(await by_size(size, self._tensors, results, work), final=True)
+            yield work.response(await by_size(size, self._tensors, results, work), final=True)
 
     async def _results(self, call: PoolingCall, work: Work) -> list[Result]:
         request = _vllm_request(work)

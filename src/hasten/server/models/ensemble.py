@@ -13,7 +13,7 @@ from tritonclient.grpc import model_config_pb2
 from hasten.server.models.config import is_decoupled, wrong
 from hasten.server.models.interfaces import datatype_name
 from hasten.server.models.model import Model
-from hasten.server.models.work import Outcome, Work
+from hasten.server.models.work import Work
 from hasten.server.types import InferRequest, InferResponse, Parameter, RequestedOutput, ServiceError, Tensor
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Ensemble(Model):
         """Whether all steps are."""
         return all(self._models.find(step.model_name, step.model_version).model.ready for step in self._steps)
 
-    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+    async def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         """A response for each one of the last step."""
         work.known_parameters()
         work.clock.prepare()
@@ -52,7 +52,7 @@ class Ensemble(Model):
                 async for tensors, final in results:
                     work.clock.compute()
                     names = [name for name in self._outputs if name in work.outputs and name in tensors]
-                    yield Outcome([_renamed(tensors[name], name) for name in names], final)
+                    yield work.response([_renamed(tensors[name], name) for name in names], final)
 
     async def _run(
         self, steps: list[tuple[Step, "Version"]], tensors: Mapping[str, Tensor], work: Work
@@ -62,14 +62,14 @@ class Ensemble(Model):
             yield tensors, True
             return
         (step, served), *later = steps
-        async with aclosing(self._outcomes(step, served, tensors, work)) as outcomes:
-            async for outcome in outcomes:
-                produced = {step.output_map[tensor.name]: tensor for tensor in outcome.outputs}
+        async with aclosing(self._responses(step, served, tensors, work)) as responses:
+            async for response in responses:
+                produced = {step.output_map[tensor.name]: tensor for tensor in response.outputs}
                 async with aclosing(self._run(later, {**tensors, **produced}, work)) as results:
                     async for known, final in results:
-                        yield known, final and outcome.final
+                        yield known, final and response.final
 
-    async def _outcomes(
+    async def _responses(
         self, step: Step, version: "Version", tensors: Mapping[str, Tensor], work: Work
     ) -> AsyncGenerator[InferResponse, None]:
         request = InferRequest(
@@ -81,9 +81,9 @@ class Ensemble(Model):
             outputs=[RequestedOutput(name) for name in step.output_map],
         )
         try:
-            async with aclosing(version.run(request)) as outcomes:
-                async for outcome in outcomes:
-                    yield outcome
+            async with aclosing(version.run(request)) as responses:
+                async for response in responses:
+                    yield response
         except ServiceError as error:
             # the step's own cause is what failures are counted by
             raise ServiceError(

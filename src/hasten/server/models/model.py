@@ -8,7 +8,8 @@ from tritonclient.grpc import model_config_pb2
 
 from hasten.core.errors import ConfigError
 from hasten.server.models.parameters import token_model_of
-from hasten.server.models.work import Outcome, Work
+from hasten.server.models.work import Work
+from hasten.server.types import InferResponse
 
 if TYPE_CHECKING:
     from hasten.engine.text import Tokenizer
@@ -29,7 +30,7 @@ class Model(ABC):
         """Whether requests can be computed now."""
 
     @abstractmethod
-    def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+    def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         """Compute a request, from when the first response is awaited; closed, it is withdrawn.
 
         Raises the HastenError that ended it.

@@ -33,8 +33,8 @@ from hasten.server.models.interfaces import TENSORRT_LLM_INPUTS
 from hasten.server.models.model import DependentModel
 from hasten.server.models.sampling import sampling_options
 from hasten.server.models.token_inputs import end_options, sampling
-from hasten.server.models.work import Outcome, Work, decoded
-from hasten.server.types import ErrorKind, ServiceError, Tensor, Texts, invalid
+from hasten.server.models.work import Work, decoded
+from hasten.server.types import ErrorKind, InferResponse, ServiceError, Tensor, Texts, invalid
 
 if TYPE_CHECKING:
     from hasten.server.lifecycle import Registry
@@ -195,7 +195,7 @@ class TextModel(DependentModel):
             )
         self.token_model_tokenizer()
 
-    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+    async def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         """One response, or with `stream` one whenever there is more."""
         served = self.find()
         with served.use():
@@ -212,7 +212,7 @@ class TextModel(DependentModel):
                     finished = progress.finished
                     work.clock.wait(progress.queue_seconds)
                     work.clock.compute()
-                    yield Outcome(await by_size(progress.size, reply.tensors, progress), finished)
+                    yield work.response(await by_size(progress.size, reply.tensors, progress), finished)
             finally:
                 engine.withdraw(ticket)
 

@@ -22,9 +22,9 @@ from hasten.server.models.config import parameter
 from hasten.server.models.model import DependentModel
 from hasten.server.models.parameters import TOKENIZER
 from hasten.server.models.token_inputs import pack_words
-from hasten.server.models.work import Outcome, Work
+from hasten.server.models.work import Work
 from hasten.server.tokenizing import FEW_DECODED, MAX_DECODED, Result, check_words, tokenizing
-from hasten.server.types import Tensor, invalid
+from hasten.server.types import InferResponse, Tensor, invalid
 
 if TYPE_CHECKING:
     from hasten.server.lifecycle import Registry
@@ -73,7 +73,7 @@ class _Processing(DependentModel):
 class Preprocessing(_Processing):
     """Text to tokens."""
 
-    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+    async def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         """One response."""
         work.known_parameters()
         tokenizer = self.tokenizer()
@@ -81,7 +81,7 @@ class Preprocessing(_Processing):
         prompts = await self._encode(tokenizer, queries)
         outputs = await self._run(partial(_prepared, tokenizer, prompts, work.inputs))
         work.clock.prepare()
-        yield Outcome([tensor for tensor in outputs if tensor.name in work.outputs], final=True)
+        yield work.response([tensor for tensor in outputs if tensor.name in work.outputs], final=True)
 
 
 def _prepared(tokenizer: Tokenizer, prompts: list[list[int]], inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -104,7 +104,7 @@ def _prepared(tokenizer: Tokenizer, prompts: list[list[int]], inputs: Mapping[st
 class Postprocessing(_Processing):
     """Tokens to text."""
 
-    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+    async def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         """One response."""
         work.known_parameters()
         tokenizer, tokens = self.tokenizer(), work.inputs["TOKENS_BATCH"].data
@@ -120,7 +120,7 @@ class Postprocessing(_Processing):
             return texts
 
         texts = decode() if tokens.size <= FEW_DECODED else await self._run(decode)
-        yield Outcome([Tensor.of("OUTPUT", "BYTES", texts)], final=True)
+        yield work.response([Tensor.of("OUTPUT", "BYTES", texts)], final=True)
 
 
 def _lengths(work: Work, tokens: NDArray[Any]) -> NDArray[Any]:

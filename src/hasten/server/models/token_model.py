@@ -28,8 +28,8 @@ from hasten.server.models.config import interface_of, is_decoupled, parameter
 from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_TYPE, INPUT_NAMES, Kind
 from hasten.server.models.model import EngineModel
 from hasten.server.models.token_inputs import TokenRequest, read_items
-from hasten.server.models.work import Outcome, Work
-from hasten.server.types import ErrorKind, ServiceError, Tensor
+from hasten.server.models.work import Work
+from hasten.server.types import ErrorKind, InferResponse, ServiceError, Tensor
 
 _ROOM = 64
 """Tokens behind the longest prompt that there is memory for at first; doubled as often as need be."""
@@ -131,7 +131,7 @@ class TokenModel(EngineModel):
         self._datatypes = {rule.name: rule.datatype for rule in interface_of(config, Kind.TOKEN).outputs}
         self._with_prompts = model_type != ENCODER_DECODER_TYPE
 
-    async def execute(self, work: Work) -> AsyncGenerator[Outcome, None]:
+    async def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         """One response, or if decoupled one whenever there is more."""
         size = sum(tensor.data.nbytes for tensor in work.inputs.values()) + _ITEM_BYTES * work.batch_size
         request, output = await by_size(size, self._read, work)
@@ -149,15 +149,15 @@ class TokenModel(EngineModel):
                     news = requests.take()
                 if self._decoupled or not requests.unfinished:
                     work.clock.compute()
-                    yield await self._outcome(output, work, final=not requests.unfinished)
+                    yield await self._response(output, work, final=not requests.unfinished)
 
     def _read(self, work: Work) -> tuple[TokenRequest, BatchOutput]:
         request = read_items(work, self.engine.info, self._names)
         return request, BatchOutput(request, with_prompts=self._with_prompts)
 
-    async def _outcome(self, output: BatchOutput, work: Work, *, final: bool) -> Outcome:
+    async def _response(self, output: BatchOutput, work: Work, *, final: bool) -> InferResponse:
         tensors = await by_size(output.nbytes, output.tensors(work.outputs))
-        return Outcome([self._typed(tensor) for tensor in tensors], final)
+        return work.response([self._typed(tensor) for tensor in tensors], final)
 
     def _typed(self, tensor: Tensor) -> Tensor:
         """A tensor in the data type that this backend gives it: token ids and lengths are signed in some."""

@@ -36,8 +36,9 @@ _NOT_NEGATIVE = ("priority", "timeout")
 class Rules:
     """One model's configuration, as its requests are held against it."""
 
-    def __init__(self, config: model_config_pb2.ModelConfig) -> None:
+    def __init__(self, config: model_config_pb2.ModelConfig, version: int = 1) -> None:
         self.name = config.name
+        self._version = str(version)
         self._may_add_batch = kind_of(config) in TEXT_KINDS
         """Whether inputs may have a batch axis of 1 although the model has none: TensorRT-LLM's clients send one."""
         self.inputs = {tensor.name: tensor for tensor in config.input}
@@ -72,6 +73,7 @@ class Rules:
             outputs=frozenset(output.name for output in request.outputs) or frozenset(self.outputs),
             parameters=own,
             queueing=self._queueing(request.parameters),
+            version=self._version,
         )
 
     def _unique(self, request: InferRequest) -> dict[str, Tensor]:

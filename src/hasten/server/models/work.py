@@ -1,4 +1,4 @@
-"""What a model gets, a request that fits its configuration, and what it gives back."""
+"""What a model gets: a request that fits its configuration."""
 
 import difflib
 import time
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hasten.core.sampling import RULES
 from hasten.server.engine.queue import DEFAULT_QUEUEING, Queueing
-from hasten.server.types import Parameter, Tensor, invalid
+from hasten.server.types import InferResponse, Parameter, Tensor, invalid
 
 _SAMPLING = frozenset(RULES) | {
     *("max_new_tokens", "max_length", "do_sample", "num_beams", "stop_sequences", "typical_p", "best_of"),
@@ -60,11 +60,16 @@ class Work:
     parameters: Mapping[str, Parameter]
     """Those that are the model's own."""
     queueing: Queueing = DEFAULT_QUEUEING
+    version: str = ""
     clock: Clock = field(default_factory=Clock)
 
     def flag(self, name: str, default: bool = False) -> bool:
         """The value of an input that says yes or no; the default where it is left out."""
         return bool(self.inputs[name].data.ravel()[0]) if name in self.inputs else default
+
+    def response(self, outputs: list[Tensor], final: bool) -> InferResponse:
+        """A response with these outputs; `final`: whether it is the last one."""
+        return InferResponse(self.model, self.version, self.id, outputs, final)
 
     def tensor(self, name: str, datatype: str, data: NDArray[np.generic]) -> Tensor:
         """An output with a batch axis of 1 if the inputs have one."""
@@ -93,12 +98,3 @@ def decoded(text: bytes, name: str) -> str:
         return text.decode()
     except UnicodeDecodeError as error:
         raise invalid(f"input '{name}' is not UTF-8: {error}") from None
-
-
-@dataclass
-class Outcome:
-    """One response to a request."""
-
-    outputs: list[Tensor]
-    final: bool
-    """Whether it is the last one."""
