@@ -9,6 +9,8 @@ from hasten.core.option_fields import require
 
 _MOST_LAYERS = 10_000
 """More layers than any model has: a nonsensical number would otherwise fill the memory with names of weights."""
+_MOST_WIDTH = 1 << 31
+"""Beyond the width of any model: what is made of more has shapes that torch cannot say."""
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 """Activations of an MLP, or of the gate of a gated unit; `gelu` is the exact one, by the error function."""
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -167,6 +169,10 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_size"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require(
+            self.num_heads * self.head_size < _MOST_WIDTH,
+            f"{self.num_heads} heads of size {self.head_size} cannot be right",
+        )
         for name in ("scale", "window", "softcap", "alibi_bias_max", "qkv_clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} of attention must be positive, got {value}")

@@ -4,6 +4,7 @@ A key is read by the model, or known to change nothing that a decoder computes, 
 left is unknown, and a warning names it.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Set
 from typing import Any, TypedDict
 
@@ -13,6 +14,9 @@ from hasten.core.model_config import Activation
 from hasten.models.generation_config import SETTINGS
 
 Raw = Mapping[str, Any]
+_MOST = (1 << 31) - 1
+"""Beyond any size of a model; products of two are shapes that torch can say."""
+_LARGEST = sys.float_info.max
 
 _BOOKKEEPING = frozenset(
     """
@@ -55,7 +59,7 @@ class Fields(Raw):
 
 def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
     if not condition:
-        raise ConfigError(f"{name} has a value of the wrong kind: {value!r} is not {wanted}")
+        raise ConfigError(f"{name} has a value of the wrong kind: {value!r:.80} is not {wanted}")
 
 
 def _is_whole(value: Any) -> bool:
@@ -63,15 +67,18 @@ def _is_whole(value: Any) -> bool:
 
 
 def count(raw: Raw, *names: str, default: int | None = None) -> int:
-    """A whole number above 0, under the first of its names that is there; the last name is today's."""
+    """A whole number from 1 to 2^31 - 1, under the first of its names that is there; the last name is today's."""
     values = {name: raw.get(name) for name in names}
     name = next((name for name, value in values.items() if value is not None), None)
     if name is None:
         if default is not None:
             return default
         raise ConfigError(f"config.json lacks {names[-1]!r}")
-    _require(_is_whole(raw[name]) and raw[name] > 0, name, raw[name], "a whole number above 0")
-    return int(raw[name])
+    value = raw[name]
+    _require(_is_whole(value) and value > 0, name, value, "a whole number above 0")
+    if value > _MOST:
+        raise ConfigError(f"{name} cannot be right: it is above {_MOST}")
+    return int(value)
 
 
 def width_and_heads(
@@ -114,9 +121,9 @@ def fraction(raw: Raw, name: str, default: float) -> float:
 
 
 def number(raw: Raw, name: str, default: float) -> float:
-    """A number above 0."""
+    """A finite number above 0."""
     value = default if raw.get(name) is None else raw[name]
-    _require(_is_number(value) and value > 0, name, value, "a number above 0")
+    _require(_is_number(value) and 0 < value <= _LARGEST, name, value, "a number above 0")
     return float(value)
 
 
