@@ -12,7 +12,7 @@ from hasten.server.engine.ticket import Progress
 from hasten.server.engine.wire import CompletionDelta
 from hasten.server.engine.wire import Logprob as WireLogprob
 from hasten.server.errors import OpenAIErrors
-from hasten.server.openai.answer import Usage, answer_head, check_completions, whole_answer
+from hasten.server.openai.answer import CompletionForm, Usage, check_completions
 from hasten.server.openai.choices import Choice
 from hasten.server.openai.handling import error_object
 
@@ -41,8 +41,8 @@ class Answer:
         self._left -= 1
         if self._left:
             return None
-        head = answer_head(self.request.call, self.request.call, self.request.model, f"{self.row.number}")
-        return _line(self.row, self.name, 200, whole_answer(head, self._choices, self.usage))
+        form = CompletionForm(self.request.call, self.request.model, unique=f"{self.row.number}")
+        return _line(self.row, self.name, 200, form.whole(self._choices, self.usage))
 
 
 def _progress(output: RequestOutput) -> Progress:

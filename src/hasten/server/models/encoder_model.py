@@ -28,7 +28,6 @@ from hasten.server.models.interfaces import DEFAULT_MODEL_TYPE, ENCODER_DECODER_
 from hasten.server.models.model import DependentModel, EngineModel
 from hasten.server.models.work import Work, decoded
 from hasten.server.pooling.call import Numbers, PoolingCall, Result
-from hasten.server.pooling.texts import TextReader
 from hasten.server.pooling.types import check_count
 from hasten.server.types import InferResponse, Tensor
 
@@ -207,7 +206,7 @@ class PooledTextModel(DependentModel):
                     f"input 'text_pair' has {len(seconds)} texts, but 'text_input' {len(texts)}; give one for each"
                 )
             pairs = list(zip(texts, seconds, strict=True))
-            return await call.results(await TextReader(call.client, params, "text_input").pairs(pairs), params)
+            return await call.pairs(pairs, params, "text_input")
         before = instruction(call.info.texts, None, None) if self._task == "embed" else None
         return await call.prompts(texts, params, before)
 

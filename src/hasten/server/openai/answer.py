@@ -79,28 +79,6 @@ def check_completions(progress: Progress, params: SamplingParams) -> None:
             raise InvalidRequestError(message) if params.is_constrained else HastenError(message)
 
 
-def answer_head(call: str, kind: str, model: str, unique: str) -> bytes:
-    """The JSON of an answer up to its choices.
-
-    `call` is text_completion or chat.completion, `kind` the value of `object`, `unique` the end of `id`.
-    """
-    head = {"id": f"{_ID_PREFIXES[call]}-{unique}", "object": kind, "created": int(time.time()), "model": model}
-    return _encode(head)[:-1] + b',"choices":['
-
-
-def whole_answer(head: bytes, choices: list[Choice], usage: Usage, more: bytes = b"") -> bytes:
-    """The answer of choices, which are used up: to free a million objects takes as long as to make them.
-
-    `more` is the JSON of further fields, each with a comma before it.
-    """
-    choices.sort(key=lambda choice: choice.index, reverse=True)
-    parts = []
-    while choices:
-        choice = choices.pop()
-        parts.append(_encode(chat_choice(choice) if isinstance(choice, ChatOutput) else choice))
-    return head + b",".join(parts) + b'],"usage":' + _encode(usage.as_json()) + more + b"}"
-
-
 class AnswerForm(Protocol):
     """How the answer to one request is written. Choices come as they are made; an event is whole with its end."""
 
@@ -120,17 +98,25 @@ class AnswerForm(Protocol):
 class CompletionForm:
     """Answers of completions and chats; see AnswerForm.
 
-    `call` is text_completion or chat.completion. With `params` the answer has the times of the request.
+    `call` is text_completion or chat.completion, `unique` the end of the answer's id. With `params` the answer has the
+    times of the request.
     """
 
     def __init__(
-        self, call: str, model: str, stream: StreamOptions | None = None, *, params: SamplingParams | None = None
+        self,
+        call: str,
+        model: str,
+        stream: StreamOptions | None = None,
+        *,
+        params: SamplingParams | None = None,
+        unique: str | None = None,
     ) -> None:
         stream = stream or StreamOptions()
-        kind = "text_completion" if call == "text_completion" else "chat.completion.chunk"
-        unique = secrets.token_hex(12)
-        self._head = answer_head(call, call, model, unique)
-        self._begin = b"data: " + answer_head(call, kind, model, unique)
+        head: dict[str, Any] = {"id": f"{_ID_PREFIXES[call]}-{unique or secrets.token_hex(12)}", "object": call}
+        head |= {"created": int(time.time()), "model": model}
+        self._head = _encode(head)[:-1] + b',"choices":['
+        head["object"] = "text_completion" if call == "text_completion" else "chat.completion.chunk"
+        self._begin = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._with_usage = bool(stream.include_usage)
         self._counts_each = self._with_usage and bool(stream.continuous_usage_stats)
         self._end = b'],"usage":null}\n\n' if self._with_usage else b"]}\n\n"
@@ -139,8 +125,13 @@ class CompletionForm:
         """Answers to a chat of which something came."""
 
     def whole(self, choices: list[Choice], usage: Usage) -> bytes:
-        """See AnswerForm."""
-        return whole_answer(self._head, choices, usage, self._metrics(usage))
+        """See AnswerForm; to free a million objects takes as long as to make them."""
+        choices.sort(key=lambda choice: choice.index, reverse=True)
+        parts = []
+        while choices:
+            choice = choices.pop()
+            parts.append(_encode(chat_choice(choice) if isinstance(choice, ChatOutput) else choice))
+        return self._head + b",".join(parts) + b'],"usage":' + _encode(usage.as_json()) + self._metrics(usage) + b"}"
 
     def events(self, pieces: Sequence[Choice], usage: Usage) -> bytes:
         """See AnswerForm."""

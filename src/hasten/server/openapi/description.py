@@ -13,7 +13,7 @@ from starlette.routing import Route
 from hasten import __version__
 from hasten.server.errors import ErrorObject, error_body
 from hasten.server.openapi.operation import Operation, operation_of
-from hasten.server.page.routes import page_headers
+from hasten.server.page.routes import html_route
 
 _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 _TRITON = "Triton's protocol"
@@ -85,12 +85,7 @@ def _responses(route: Route, operation: Operation, error: Any) -> dict[str, Any]
 def docs_routes(routes: Sequence[Route]) -> list[Route]:
     """The description of these routes and of its own two, at /openapi.json, and the page that shows it, at /docs."""
     html = (files("hasten.server.openapi") / "docs.html").read_bytes()
-    headers = page_headers(html)
     body = b""
-
-    async def docs(_: Request) -> Response:
-        """This description as a page"""
-        return Response(html, headers=headers, media_type="text/html")
 
     async def description(_: Request) -> Response:
         """The description of all routes in OpenAPI's form"""
@@ -98,5 +93,5 @@ def docs_routes(routes: Sequence[Route]) -> list[Route]:
         body = body or msgspec.json.encode(openapi([*routes, *own]))
         return Response(body, media_type="application/json")
 
-    own = [Route("/docs", docs), Route("/openapi.json", description)]
+    own = [html_route("/docs", html, "This description as a page"), Route("/openapi.json", description)]
     return own

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from hasten.server.engine.client import EngineClient
 from hasten.server.openai.models import models_by_id
 from hasten.server.openai.prompts import ChatPrompts
+from hasten.server.openapi.operation import Operation, described
 
 if TYPE_CHECKING:
     from hasten.server.service import Service
@@ -31,19 +32,31 @@ def page_routes(service: "Service", prompts: ChatPrompts) -> list[Route]:
 
     `prompts`: those of the API, which know what engines have chat templates.
     """
-    html = page_html()
-    headers = page_headers(html)
-
-    async def page(_: Request) -> Response:
-        """A page with a playground and the server's live state"""
-        return Response(html, headers=headers, media_type="text/html")
 
     async def state(_: Request) -> Response:
         """What the page asks for every second: engines with their counters"""
         body = msgspec.json.encode(await server_state(service, prompts))
         return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
 
-    return [Route("/", page), Route("/state", state)]
+    return [
+        html_route("/", page_html(), "A page with a playground and the server's live state"),
+        Route("/state", state),
+    ]
+
+
+def html_route(path: str, html: bytes, summary: str) -> Route:
+    """A page that loads nothing from elsewhere."""
+    headers = {
+        "content-security-policy": content_security_policy(html.decode()),
+        "cache-control": "no-cache",
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+    }
+
+    async def page(_: Request) -> Response:
+        return Response(html, headers=headers, media_type="text/html")
+
+    return Route(path, described(page, Operation(summary)))
 
 
 def page_html() -> bytes:
@@ -53,16 +66,6 @@ def page_html() -> bytes:
     html, style = ((folder / name).read_text(encoding="utf-8") for name in ("index.html", "page.css"))
     html = html.replace("<style></style>", f"<style>{style}</style>")
     return html.replace("<script></script>", f'<script>"use strict";\n{scripts}</script>').encode()
-
-
-def page_headers(html: bytes) -> dict[str, str]:
-    """Headers of a page that loads nothing from elsewhere."""
-    return {
-        "content-security-policy": content_security_policy(html.decode()),
-        "cache-control": "no-cache",
-        "referrer-policy": "no-referrer",
-        "x-content-type-options": "nosniff",
-    }
 
 
 def content_security_policy(html: str) -> str:

@@ -66,27 +66,31 @@ class PoolingCall:
         return info.pooling
 
     async def prompts(
-        self, prompts: Sequence[str | list[int]], params: PoolingParams, before: Instruction | None = None
+        self,
+        prompts: Sequence[str | list[int]],
+        params: PoolingParams,
+        before: Instruction | None = None,
+        *,
+        name: str = "input",
     ) -> list[Result]:
-        """What is made of each text, or list of token ids; errors are those of `EngineClient.submit_text`."""
+        """What is made of each text, or list of token ids; errors, which call them `name`, are those of TextReader."""
         self.info.check(params)
-        reader = TextReader(self.client, params, "input")
+        reader = TextReader(self.client, params, name)
         return await self.results(await reader.prompts(prompts, before or Instruction()), params)
+
+    async def pairs(self, pairs: Sequence[Pair], params: PoolingParams, name: str) -> list[Result]:
+        """The same of each pair of texts, which are read together."""
+        self.info.check(params)
+        return await self.results(await TextReader(self.client, params, name).pairs(pairs), params)
 
     async def scores(self, pairs: Sequence[Pair], truncate: int | None, name: str) -> list[float]:
         """How well each document answers its query: by a cross-encoder, or as the cosine of vectors."""
-        if "embed" in self.info.tasks:
-            return await self._cosines(pairs, truncate, name)
-        params = PoolingParams(task="score", truncate_prompt_tokens=truncate)
-        self.info.check(params)
-        requests = await TextReader(self.client, params, name).pairs(pairs)
-        return [float(result.numbers[0]) for result in await self.results(requests, params)]
-
-    async def _cosines(self, pairs: Sequence[Pair], truncate: int | None, name: str) -> list[float]:
+        if "embed" not in self.info.tasks:
+            params = PoolingParams(task="score", truncate_prompt_tokens=truncate)
+            return [float(result.numbers[0]) for result in await self.pairs(pairs, params, name)]
         params = PoolingParams(normalize=True, truncate_prompt_tokens=truncate)
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        requests = await TextReader(self.client, params, name).prompts(texts)
-        results = await self.results(requests, params)
+        results = await self.prompts(texts, params, name=name)
         vectors = {text: result.numbers for text, result in zip(texts, results, strict=True)}
         return [float(vectors[first] @ vectors[second]) for first, second in pairs]
 
