@@ -122,7 +122,7 @@ def test_a_calibrated_checkpoint_with_weights_of_4_bits_costs_it_at_most_two_poi
     samples: list[lambada.Sample], unharmed: lambada.LambadaResult, llm: LLM, tmp_path: Path
 ) -> None:
     others = tmp_path / "others.jsonl"
-    command = [sys.executable, STORIES.with_name("generate.py"), "--exclude", STORIES, "--output", others]
+    command: list[str | Path] = [sys.executable, STORIES.with_name("generate.py"), "--exclude", STORIES, "--output", others]
     subprocess.run([*command, "--count", str(CALIBRATED), "--seed", "1"], check=True)
     read = lambada.read_samples(str(others), llm.tokenizer)
     calibration = [sample.prompt_ids + sample.target_ids for sample in read]
