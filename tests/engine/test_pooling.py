@@ -239,6 +239,17 @@ def test_what_an_encoder_cannot_do(llm: LLM) -> None:
     assert repr(llm).endswith("max_model_len 320, to embed and token_embed)")
 
 
+@pytest.mark.parametrize("given", [SamplingParams(), [PoolingParams()], {"task": "embed"}], ids=str)
+def test_pooling_params_of_another_kind_are_named(llm: LLM, given: Any) -> None:
+    for method in (llm.embed, llm.encode, llm.classify, llm.fill_mask):
+        with pytest.raises(
+            InvalidRequestError, match=r"^pooling_params must be PoolingParams, the same for all texts; "
+        ):
+            method("the garden", pooling_params=given)
+    with pytest.raises(InvalidRequestError, match=r"^chat_template is not supported: the tokenizer says how two texts"):
+        llm.score("the garden", "of", chat_template="x")  # type: ignore[call-arg]
+
+
 def test_texts_are_queued_while_steps_are_computed(bert: Path) -> None:
     """Few wait at any time, a refused one withdraws the others, and Python's collector is left as it was."""
     with LLM(bert, device="cpu", max_num_batched_tokens=320) as llm:

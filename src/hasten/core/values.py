@@ -183,6 +183,12 @@ OF_TEXTS: _Accepted = {
     "prompt_token_ids": (_NOTHING, "give token ids as prompts, a list for each"),
 }
 """Of methods that take prompts."""
+OF_SCORE: _Accepted = {
+    **_OF_PROMPTS,
+    "chat_template": (_NOTHING, "the tokenizer says how two texts become one"),
+    "pooling_params": (_NOTHING, "truncate_prompt_tokens is an argument of its own"),
+}
+"""Of `score`."""
 OF_GENERATE: _Accepted = {
     **OF_TEXTS,
     "priority": ((None, 0), "requests begin as they come, or with the greatest max_tokens"),

@@ -32,6 +32,7 @@ from hasten.core.types import (
 )
 from hasten.core.values import OF_GENERATE, with_accepted_names
 from hasten.engine.llm import LLM, output_copy, prompt_request
+from hasten.engine.llm_pooling import given_params
 from hasten.engine.pooling import generates_text
 from hasten.engine.prompts import ParsedPrompt, Prompt, given_prompts, params_for_each, parse_prompts
 from hasten.engine.request_state import Output
@@ -186,7 +187,7 @@ class AsyncLLM:
         pooler = engine.worker.pooler
         if pooler is None:
             raise generates_text("encode", engine.model_config.architecture)
-        params = pooling_params or PoolingParams(task=pooler.tasks[0])
+        params = given_params(pooling_params) or PoolingParams(task=pooler.tasks[0])
         pooler.check(params)
         texts = TextRequests(pooler.pooling.texts, engine.tokenizer, engine.max_model_len)
         ((_, request),) = texts.of_prompts(_single(given_prompts(prompt)), params, Instruction())

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-from hasten.core.errors import EngineError
+from hasten.core.errors import EngineError, InvalidRequestError
 from hasten.core.types import (
     ClassificationOutput,
     EmbeddingOutput,
@@ -20,7 +20,7 @@ from hasten.core.types import (
     Request,
     ScoringOutput,
 )
-from hasten.core.values import OF_TEXTS, with_accepted_names
+from hasten.core.values import OF_SCORE, OF_TEXTS, with_accepted_names
 from hasten.engine.engine import Engine
 from hasten.engine.fill_mask import target_ids, with_texts
 from hasten.engine.pooling import Pooler, generates_text
@@ -104,7 +104,8 @@ class PoolingMethods(ABC):
 
         For `token_embed` and `token_classify` that is `outputs.data`, a tensor with a row for each token.
         """
-        task = pooling_task or (pooling_params.task if pooling_params is not None else self._pooler("encode").tasks[0])
+        given = given_params(pooling_params)
+        task = pooling_task or (self._pooler("encode").tasks[0] if given is None else given.task)
         params = _params(task, pooling_params, truncate_prompt_tokens)
         return self._pooled(prompts, params, use_tqdm=use_tqdm)
 
@@ -125,7 +126,7 @@ class PoolingMethods(ABC):
         words or token ids, a mask gets the most probable of these; their scores are those among all words.
         """
         tokenizer = self.engine.tokenizer
-        params = replace(pooling_params or PoolingParams(), task="fill_mask")
+        params = replace(given_params(pooling_params) or PoolingParams(), task="fill_mask")
         if top_k is not None:
             params = replace(params, top_k=top_k)
         self._pooler("fill_mask").check(params)
@@ -139,7 +140,7 @@ class PoolingMethods(ABC):
             found.candidates = with_texts(tokenizer, output.prompt_token_ids, found.candidates)
         return outputs
 
-    @with_accepted_names(OF_TEXTS)
+    @with_accepted_names(OF_SCORE)
     def score(
         self,
         queries: str | Sequence[str],
@@ -235,7 +236,14 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def given_params(params: PoolingParams | None) -> PoolingParams | None:
+    """What a caller gives as `pooling_params`; InvalidRequestError where it is something else."""
+    if params is not None and not isinstance(params, PoolingParams):
+        raise InvalidRequestError(f"pooling_params must be PoolingParams, the same for all texts; got {params!r:.80}")
+    return params
+
+
 def _params(task: PoolingTask, params: PoolingParams | None, truncate: int | None) -> PoolingParams:
     """Parameters of a method's task, with what its own argument says."""
-    params = PoolingParams(task=task) if params is None else replace(params, task=task)
+    params = replace(given_params(params) or PoolingParams(), task=task)
     return params if truncate is None else replace(params, truncate_prompt_tokens=truncate)
