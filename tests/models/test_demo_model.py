@@ -122,8 +122,8 @@ def test_a_calibrated_checkpoint_with_weights_of_4_bits_costs_it_at_most_two_poi
     samples: list[lambada.Sample], unharmed: lambada.LambadaResult, llm: LLM, tmp_path: Path
 ) -> None:
     others = tmp_path / "others.jsonl"
-    command: list[str | Path] = [sys.executable, STORIES.with_name("generate.py"), "--exclude", STORIES, "--output", others]
-    subprocess.run([*command, "--count", str(CALIBRATED), "--seed", "1"], check=True)
+    command: list[str | Path] = [sys.executable, STORIES.with_name("generate.py"), "--exclude", STORIES]
+    subprocess.run([*command, "--output", others, "--count", str(CALIBRATED), "--seed", "1"], check=True)
     read = lambada.read_samples(str(others), llm.tokenizer)
     calibration = [sample.prompt_ids + sample.target_ids for sample in read]
     quantize(str(FOLDER), tmp_path / "out", QuantizeOptions("int4", samples=calibration, device="cpu"))
