@@ -210,6 +210,12 @@ def test_any_text_is_read_alike_whole_and_in_pieces(form: ToolForm, parts: list[
     assert read(form, text, length) == read(form, text, 10_000)
 
 
+def test_a_channel_without_a_message_is_text() -> None:
+    text = "x" * 3000
+    for length in (1, 10_000):
+        assert read(HARMONY_CALLS, f"<|channel|>{text}<|channel|>final<|message|>So.", length) == (f"{text}\nSo.", [])
+
+
 def test_what_is_held_back_is_bounded() -> None:
     for form, text in (
         (HERMES, '<tool_call>{"x": "'),

@@ -46,7 +46,8 @@ class HarmonyReader(AnswerReader):
             self._end_call()
         if is_reasoning and mark:
             self.reasoned[-1] = (begin, self._position + (0 if mark in (START, CHANNEL) else len(mark)))
-        self._at += 0 if mark == CHANNEL else len(mark)  # a channel is the next message's
+        is_next = mark == CHANNEL and self._position > begin  # that of the next message, unless this one has no header
+        self._at += 0 if is_next else len(mark)
 
     def _header(self) -> Reading[str]:
         """What stands before a message: its role, channel and recipient."""
