@@ -27,8 +27,8 @@ def site(tiny_bloom: Path) -> Iterator[HubSite]:
 def hasten(site: HubSite, tmp_path: Path) -> Run:
     """`hasten` in a process with this hub and an empty cache."""
 
-    def run(*argv: str) -> "subprocess.CompletedProcess[str]":
-        environment = site.environment(tmp_path / "home", OMP_NUM_THREADS="1")
+    def run(*argv: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        environment = site.environment(tmp_path / "home", OMP_NUM_THREADS="1", **variables)
         command = [sys.executable, "-m", "hasten", *argv]
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
 
@@ -50,6 +50,13 @@ def test_download_prints_the_folder(hasten: Run, site: HubSite, tiny_bloom: Path
         assert (failed.returncode, failed.stdout) == (2, "")
         assert failed.stderr.startswith(message)
         assert failed.stderr.count("\n") == 1
+
+
+def test_a_wrong_variable_of_the_hub_is_named(hasten: Run) -> None:
+    failed = hasten("download", ID, HF_HUB_ETAG_TIMEOUT="soon")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert "huggingface_hub cannot be imported (invalid literal for int() with base 10: 'soon')" in failed.stderr
+    assert failed.stderr.endswith("is a variable of the environment that begins with HF_ wrong?\n")
 
 
 def test_one_rank_downloads_for_all(hasten: Run, site: HubSite, tiny_bloom: Path) -> None:

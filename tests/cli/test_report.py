@@ -22,6 +22,8 @@ from hasten.bench import startup
 from hasten.bench.charts import WIDTH, number
 from hasten.cli.main import main
 from hasten.core import extras
+from hasten.core.files import FOLDER_LOCK, held
+from hasten.core.ports import free_port
 
 pytestmark = pytest.mark.any_python
 
@@ -230,6 +232,8 @@ def test_bad_input_is_one_line(tiny_bloom: Path, tmp_path: Path, hasten_here: "H
     for options, message in (
         (("--slo", "ttft=300"), "'ttft=300' is not a limit of a latency"),
         (("--against", "tgi"), "'tgi' is no engine to compare with"),
+        (("--against", "hf,none"), "'hf,none' has none beside others"),
+        (("--hf-model", str(tmp_path / "none")), "there is no folder"),
         (("--price-per-hour", "free"), "'free' is not a price above 0"),
         (("--dataset", str(tmp_path / "none.jsonl")), "cannot read the dataset"),
         (("-o", "."), "cannot write the page to .: it is a folder"),
@@ -245,6 +249,25 @@ def test_bad_input_is_one_line(tiny_bloom: Path, tmp_path: Path, hasten_here: "H
         assert done.err.count("\n") - done.err.count("s] ") == 1
         assert message in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_does_not_answer_ends_it_before_anything_is_measured(
+    tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten"
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    page = tmp_path / "page.html"
+    done = hasten_here("report", tiny_bloom, "--device", "cpu", "-o", page, "--against", f"openai={url}")
+    assert (done.status, done.out) == (1, "")
+    assert f"the server at {url} does not list its models" in done.err
+    assert not list(tmp_path.glob("*.work/*.json"))
+
+
+def test_two_runs_do_not_write_one_report(tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten") -> None:
+    with held(tmp_path / "page.work", "this report"):
+        done = hasten_here("report", tiny_bloom, "--device", "cpu", "-o", tmp_path / "page.html")
+    assert (done.status, done.out) == (2, "")
+    assert f"another process is writing this report to {tmp_path / 'page.work'}; wait for it or end it" in done.err
+    assert [path.name for path in (tmp_path / "page.work").iterdir()] == [FOLDER_LOCK]
 
 
 def test_a_model_that_does_not_continue_texts(tmp_path: Path, hasten_here: "Hasten") -> None:

@@ -47,6 +47,10 @@ def test_bad_input(tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten") -> N
         (("--slo", "fast"), "'fast' is not a limit of a latency (ttft, itl, tpot, e2el)"),
         (("--slo", "itl=1s", "-o", tmp_path / "no" / "file"), "there is no folder"),
         (("--slo", "itl=1s", "--tensor-para-size", "3"), "does not divide"),
+        (
+            ("--slo", "itl=1s", "--max-model-len", "64"),
+            "--output-length 128 are more than the longest sequence, 64 tokens",
+        ),
     ):
         done = hasten_here("tune", tiny_bloom, "--device", "cpu", *options)
         assert (done.status, done.out) == (2, ""), done.err

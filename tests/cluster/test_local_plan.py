@@ -52,9 +52,9 @@ def test_working_folders_lie_where_they_are_mapped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": ("vol:/",)}, "give an absolute path other than /"),
+        ({"data": ("vol:/",)}, "would hide the whole file system: give a folder in it"),
         ({"data": ("vol:/mnt", "deep:/mnt")}, "/mnt is given for two mounts"),
-        ({"data_dir": ("/etc:relative",)}, "cannot mount /etc at 'relative'"),
+        ({"data_dir": ("/etc:relative",)}, "is not /FROM:/PATH or /PATH"),
     ],
 )
 def test_mounts_that_cannot_be_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

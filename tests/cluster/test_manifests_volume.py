@@ -50,6 +50,7 @@ def test_the_claim_and_the_volume_are_for_each_other(options: dict[str, Any], re
         ({"path": "/here"}, "needs --oss-bucket"),
         ({"oss_bucket": "b"}, "--oss-bucket needs --oss-url"),
         ({"nfs_server": "s"}, "--nfs-server needs --path"),
+        ({"nfs_server": "s", "path": "x"}, "--nfs-server needs --path, the folder that it exports, from / on"),
         ({"s3_bucket": "b", "oss_url": "u"}, "--oss-url does not go with --s3-bucket"),
         ({"nfs_server": "s", "path": "/e", "s3_region": "r"}, "--s3-region does not go with --nfs-server"),
         ({"nfs_server": "s", "path": "/e", "access_key_id": "i"}, "--access-key-id does not go with --nfs-server"),

@@ -1,6 +1,7 @@
 """What users may ask for: names, quantities and numbers, at their bounds."""
 
-from typing import Any
+import re
+from typing import Any, cast
 
 import pytest
 
@@ -35,9 +36,7 @@ def test_quantities(text: str, number: float) -> None:
     assert quantity(text, "--memory") == number
 
 
-@pytest.mark.parametrize(
-    "text", ["", "1ki", "1mi", "1K", "-1", "1e3", "Gi", "1 Gi", "1Gi\n", "\u0663", "1..5", "9" * 31]
-)
+@pytest.mark.parametrize("text", ["1ki", "1mi", "1K", "-1", "1e3", "Gi", "1 Gi", "1Gi\n", "\u0663", "1..5", "9" * 31])
 def test_what_is_no_quantity(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--size '.*' is not a quantity such as"):
         Volume(name="v", size=text)
@@ -121,6 +120,50 @@ def test_names_and_values_that_kubernetes_refuses(options: dict[str, Any], messa
     for make in (job, server):
         with pytest.raises(ConfigError, match=message):
             make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": ["v:/"]}, "--data 'v:/' would hide the whole file system: give a folder in it"),
+        ({"data": ["v:/./"]}, "would hide the whole file system"),
+        ({"data": ["v:/a/../b"]}, "--data 'v:/a/../b' has '..'"),
+        ({"data_dir": ["/"]}, "--data-dir '/' would hide the whole file system"),
+        ({"data_dir": ["/a/../b:/c"]}, "--data-dir '/a/../b:/c' has '..'"),
+        ({"data_dir": ["/a:b"]}, "--data-dir '/a:b' is not /FROM:/PATH or /PATH"),
+        ({"data_dir": ["a:/b"]}, "--data-dir 'a:/b' is not /FROM:/PATH or /PATH"),
+        ({"config_file": ["f:/"]}, "--config-file 'f:/' would hide the whole file system"),
+        ({"working_dir": ""}, "--working-dir is empty: give a value, or leave it out"),
+        ({"data": ["v:/a", ""]}, "--data is empty"),
+    ],
+)
+def test_what_can_be_mounted_nowhere(options: dict[str, Any], message: str) -> None:
+    for make in (job, server):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": ["v:/a"], "data_subpath_expr": ["v:../b"]}, "--data-subpath-expr v:../b leaves the volume"),
+        ({"data": ["v:/a"], "data_subpath_expr": ["v:/b"]}, "--data-subpath-expr v:/b leaves the volume"),
+        ({"env_from_secret": ["A="]}, "--env-from-secret A: its secret '' must have"),
+        ({"extend_command": "--log-file 'a b"}, "is not words of a shell: no closing quotation"),
+        ({"load_model": [""]}, "--load-model is empty"),
+    ],
+)
+def test_servers_that_would_fail_at_each_start(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        server(**options)
+
+
+def test_an_empty_text_clears_what_may_be_empty() -> None:
+    server(extend_command="")
+    Volume(name="v", nfs_server="s", path="/x", description="", mount_options="")
+    for option in ("path", "nfs_server", "s3_bucket", "oss_bucket", "size"):
+        with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} is empty"):
+            Volume(**cast("Any", {"name": "v", option: ""}))
 
 
 def test_names_and_values_that_kubernetes_takes() -> None:

@@ -1,18 +1,15 @@
 """The output folder of a batch: its identity, its finished rows, and the lock of the process that writes to it."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hasten.batch.shards import write_whole
 from hasten.core.errors import ConfigError
-from hasten.core.files import naming, reading
+from hasten.core.files import FOLDER_LOCK, reading
 
-JOB, SUMMARY, _LOCK = "job.json", "summary.json", ".lock"
+JOB, SUMMARY = "job.json", "summary.json"
 _WORDS = {
     "input": "the input differs",
     "model": "the model differs",
@@ -22,30 +19,11 @@ _WORDS = {
 """What messages say where a field of job.json is another."""
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Create a folder and hold it for this process; ConfigError where another one has it, or where it is a file."""
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file; give a new folder for the results")
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            with naming(folder / _LOCK):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is writing this batch to {folder}; wait for it or end it") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def claim(folder: Path, job: Mapping[str, Any]) -> None:
     """Write down whose results a folder has; ConfigError where it has rows of another job, or other files."""
     file = folder / JOB
     if not file.exists():
-        if any(path.name != _LOCK and not path.name.endswith(".partial") for path in folder.iterdir()):
+        if any(path.name != FOLDER_LOCK and not path.name.endswith(".partial") for path in folder.iterdir()):
             raise ConfigError(f"{folder} is not empty and has no {JOB}; give a new folder for the results")
         write_whole(file, json.dumps(job, indent=2) + "\n")
         return

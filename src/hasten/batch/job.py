@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hasten.batch.engine import BatchEngine, LLMEngine, Refused
-from hasten.batch.folder import SUMMARY, claim, locked
+from hasten.batch.folder import SUMMARY, claim
 from hasten.batch.lines import Answer, error_line
 from hasten.batch.part import Part
 from hasten.batch.requests import RowReader
@@ -22,6 +22,7 @@ from hasten.batch.shards import ShardWriter, write_whole
 from hasten.batch.source import Row, RowIndex, id_of, open_rows
 from hasten.checkpoint.hub import model_name
 from hasten.core.errors import ConfigError, EngineError, HastenError, InvalidRequestError
+from hasten.core.files import held
 from hasten.core.progress import ProgressBar, progress_bar
 from hasten.core.types import Request, RequestOutput
 from hasten.server.openai.params import OpenAIError, completion_params, decode
@@ -89,9 +90,11 @@ class BatchJob:
         self._defaults = dict(defaults or {})
         _check_defaults(self._defaults)
         self._index = RowIndex.of(self._source, part)
+        if self.folder.is_file():
+            raise ConfigError(f"{self.folder} is a file; give a new folder for the results")
         self._stack = ExitStack()
         with ExitStack() as stack:
-            stack.enter_context(locked(self.folder))
+            stack.enter_context(held(self.folder, "this batch"))
             claim(self.folder, self._described(model))
             self._results = stack.enter_context(ShardWriter(self.folder, "results", rows_per_shard))
             self._errors = stack.enter_context(ShardWriter(self.folder, "errors", rows_per_shard))

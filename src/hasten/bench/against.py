@@ -32,7 +32,8 @@ class Against:
         """From names separated by commas; ConfigError for an unknown name, and for a package that is not installed."""
         engines: list[str] = []
         urls: list[str] = []
-        for part in map(str.strip, text.split(",")):
+        names = [part.strip() for part in text.split(",")]
+        for part in names:
             name, _, url = part.partition("=")
             if name == "openai" and url:
                 address_of("openai", url)
@@ -41,6 +42,8 @@ class Against:
                 engines.append(part)
             elif part != "none":
                 raise ConfigError(f"{part!r} is no engine to compare with; give {_FORM}")
+        if "none" in names and len(names) > 1:
+            raise ConfigError(f"{text!r} has none beside others; give {_FORM}")
         for engine in engines:
             if engine != "hf" and find_spec(engine) is None:
                 raise ConfigError(f"{engine} is not installed; run: pip install {engine}, or leave it out of --against")

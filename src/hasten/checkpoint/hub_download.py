@@ -168,6 +168,11 @@ def readable_errors(model: HubModel) -> Iterator[None]:
         raise ConfigError(
             f"{model.id} is no folder here, and a Hugging Face id needs huggingface_hub: pip install huggingface_hub"
         ) from None
+    except ValueError as error:  # it reads the environment while it is imported
+        raise ConfigError(
+            f"{model.id} is no folder here, and huggingface_hub cannot be imported ({_line(error)}): is a variable of "
+            "the environment that begins with HF_ wrong?"
+        ) from error
     where = constants.ENDPOINT
     try:
         yield

@@ -9,6 +9,7 @@ from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_
 from hasten.cli.progress import progress_lines
 from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
+from hasten.core.files import held
 
 DEFAULT_SLO = "ttft=500ms,itl=50ms"
 _OWN_OPTIONS = ("output", "dataset", "against", "hf_model", "slo", "price_per_hour")
@@ -93,10 +94,12 @@ def run(args: argparse.Namespace) -> int:
         scale=QUICK if args.quick else FULL,
         command=_command(args),
     )
-    found = Evaluation(options, work, fresh=args.fresh, say=progress_lines()).report()
-    full = {**_head(args), **found}
-    files.write_json(str(data), full)
-    write_page(page, found, full)
+    evaluation = Evaluation(options, work, fresh=args.fresh, say=progress_lines())
+    with held(work, "this report"):
+        found = evaluation.report()
+        full = {**_head(args), **found}
+        files.write_json(str(data), full)
+        write_page(page, found, full)
     print(f"{found['headline']}\n{page}  the report\n{data}  its figures")
     try:
         write_picture(picture, found)

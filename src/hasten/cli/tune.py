@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from hasten.bench.tune import candidates, described, tune
     from hasten.checkpoint.hub import model_name, resolve_engine
     from hasten.checkpoint.plan import open_checkpoint
+    from hasten.engine.memory import DEFAULT_MODEL_LEN
     from hasten.parallel.rank import rank_from_environment
 
     slo = Slo.parse(args.slo)
@@ -82,6 +83,12 @@ def run(args: argparse.Namespace) -> int:
     model = open_checkpoint(engine.model, dummy=torch.device("cpu")).config
     engine.parallel.validate(model)
     engine.scheduler.validate(model)
+    longest = engine.scheduler.max_model_len or model.max_position_embeddings or DEFAULT_MODEL_LEN
+    if args.prompt_length + args.output_length > longest:
+        raise ConfigError(
+            f"--prompt-length {args.prompt_length} and --output-length {args.output_length} are more than the longest "
+            f"sequence, {longest} tokens (max_model_len)"
+        )
     most = min(args.max_concurrency or engine.scheduler.max_num_seqs, engine.scheduler.max_num_seqs)
     load = SweepOptions(prompt_length=args.prompt_length, output_length=args.output_length)
 

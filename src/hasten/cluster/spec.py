@@ -6,6 +6,7 @@ backend's default, which the help text gives. A backend that does not support a 
 """
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from decimal import Decimal
@@ -36,6 +37,8 @@ _LEAST_MEMORY = 1024**2
 _LARGEST_NUMBER = 2**31 - 1
 """Kubernetes' counts are 32-bit integers."""
 _MOST_SECONDS = 10**9
+_MAY_BE_EMPTY = frozenset({"description", "mount_options", "extend_command"})
+"""Options that an empty text clears."""
 """About 31 years; what is derived of them fits into Kubernetes' 32-bit integers too."""
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -93,7 +96,10 @@ def _check_texts(spec: "Workload | Volume") -> None:
     for each in fields(spec):
         value = getattr(spec, each.name)
         flag = flag_of(each) if "help" in each.metadata else each.name
-        for text in [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else ():
+        texts = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else ()
+        may_be_empty = each.name in _MAY_BE_EMPTY or value == each.default
+        _require(may_be_empty or all(texts), f"{flag} is empty: give a value, or leave it out")
+        for text in texts:
             checked_text(text, flag)
 
 
@@ -162,8 +168,31 @@ def mounts(texts: Sequence[str], flag: str) -> list[tuple[str, str]]:
         source, found, path = text.rpartition(":")
         if not found or not source or not path.startswith("/"):
             raise ConfigError(f"{flag} {text!r} is not SOURCE:/PATH")
+        _check_folder(path, f"{flag} {text!r}")
         parsed.append((source, path))
     return parsed
+
+
+def node_folders(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """`["/data", "/x:/mnt"]` of --data-dir as pairs of absolute paths, outside and inside; ConfigError for others."""
+    parsed = []
+    for text in texts:
+        outside, found, inside = text.partition(":")
+        inside = inside if found else outside
+        what = f"--data-dir {text!r}"
+        _require(outside.startswith("/") and inside.startswith("/"), f"{what} is not /FROM:/PATH or /PATH")
+        for path in (outside, inside):
+            _require(".." not in path.split("/"), f"{what} has '..': write the path without it")
+        _check_folder(inside, what)
+        parsed.append((outside, inside))
+    return parsed
+
+
+def _check_folder(path: str, what: str) -> None:
+    """ConfigError for a path that nothing can be mounted at, or that Kubernetes refuses."""
+    parts = path.split("/")
+    _require(".." not in parts, f"{what} has '..': write the path without it")
+    _require(bool({*parts} - {"", "."}), f"{what} would hide the whole file system: give a folder in it")
 
 
 def seconds(text: str, flag: str) -> float:
@@ -174,6 +203,14 @@ def seconds(text: str, flag: str) -> float:
     total = sum(float(number) * _SECONDS[unit] for number, unit in found)
     _require(total <= _MOST_SECONDS, f"{flag} {text!r} is more than {_MOST_SECONDS} seconds")
     return total
+
+
+def _check_quotes(text: str, flag: str) -> None:
+    """ConfigError for words that no shell can divide, at which each start of a container would fail."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag} {text!r} is not words of a shell: {str(error).lower()}") from None
 
 
 def _require(condition: bool, message: str) -> None:
@@ -245,8 +282,7 @@ class Workload:
         for volume, _ in mounts(self.data, "--data"):
             checked_object_name(volume, "--data")
         mounts(self.config_file, "--config-file")
-        for text in self.data_dir:
-            _require(text.startswith("/"), f"--data-dir {text!r} is not an absolute path")
+        node_folders(self.data_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,8 +387,12 @@ class TritonServer(Workload):
         _require(len(set(self.ports.values())) == len(self.ports), "the three ports must differ")
         for flag in ("exit_timeout", "startup_timeout"):
             _check_number(getattr(self, flag), f"--{flag.replace('_', '-')}", 1, _MOST_SECONDS)
-        pairs(self.env_from_secret, "--env-from-secret")
-        pairs(self.data_subpath_expr, "--data-subpath-expr", ":")
+        for name, secret in pairs(self.env_from_secret, "--env-from-secret").items():
+            checked_object_name(secret, f"--env-from-secret {name}: its secret")
+        for volume, folder in pairs(self.data_subpath_expr, "--data-subpath-expr", ":").items():
+            within = not folder.startswith("/") and ".." not in folder.split("/")
+            _require(within, f"--data-subpath-expr {volume}:{folder} leaves the volume: give a folder in it")
+        _check_quotes(self.extend_command or "", "--extend-command")
         mounts(self.temp_dir, "--temp-dir")
         if self.autoscale is not None:
             self.scale_limits()

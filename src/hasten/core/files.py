@@ -2,6 +2,7 @@
 
 import codecs
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hasten.core.errors import ConfigError
+
+FOLDER_LOCK = ".lock"
+"""The file in a folder that `held` locks."""
 
 
 @contextmanager
@@ -73,6 +77,23 @@ def expand_home(path: Path, advice: str) -> Path:
         user = path.parts[0].removeprefix("~")
         reason = f"there is no user {user}; write the path in full" if user else f"there is no home directory; {advice}"
         raise ConfigError(f"{path} cannot be expanded: {reason}") from None
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Create a folder and hold it for this process; ConfigError where another one writes `what` to it."""
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / FOLDER_LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            with naming(folder / FOLDER_LOCK):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is writing {what} to {folder}; wait for it or end it") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from hasten.bench.evaluation.limits import Plan, plan
 from hasten.bench.evaluation.store import SectionStore
 from hasten.bench.evaluation.subject import Subject, tenths
 from hasten.bench.load.prompts import PromptWriter
-from hasten.bench.sweep import Sweep, running, started, sweep
+from hasten.bench.sweep import Server, Sweep, running, started, sweep
 from hasten.bench.workloads import fixed
 from hasten.core.errors import HastenError
 from hasten.engine.planning import hardware
@@ -65,15 +65,23 @@ class Sections:
 
         return self._store.section("served model", Sweep, self._load, measure)
 
+    def require_servers(self) -> None:
+        """EngineError where a server that is still to be measured does not answer: better before hours than after."""
+        for url in self._subject.options.against.urls:
+            if not self._store.has(f"server at {url}", Sweep, {"url": url, **self._load}):
+                self._running(url)
+
     def served_at(self, url: str) -> Sweep:
         """The same load on a server that runs."""
         subject = self._subject
 
         def measure() -> Sweep:
-            server = running(url, PromptWriter(subject.tokenizer))
-            return sweep(server, subject.concurrencies, subject.options.scale.load, self._say)
+            return sweep(self._running(url), subject.concurrencies, subject.options.scale.load, self._say)
 
         return self._store.section(f"server at {url}", Sweep, {"url": url, **self._load}, measure)
+
+    def _running(self, url: str) -> Server:
+        return running(url, PromptWriter(self._subject.tokenizer))
 
     def accuracy(self, engines: Engines) -> Accuracy:
         """Last words of the texts, engines in turns batch by batch."""

@@ -49,6 +49,7 @@ class Evaluation:
         """Measure what is missing, and put all sections together."""
         subject, sections, notes = self._subject, self._sections, list[str]()
         options = subject.options
+        sections.require_servers()
         planned = sections.plan(notes)
         starts = sections.starts()
         sweeps = [sections.served(), *map(sections.served_at, options.against.urls)]

@@ -28,6 +28,10 @@ class SectionStore:
         self._fresh = fresh
         self._say = say
 
+    def has(self, name: str, kind: type[Any], options: Mapping[str, Any]) -> bool:
+        """Whether a section was measured before under the same options, and will be read."""
+        return not self._fresh and _read(self._file(name, options), kind) is not None
+
     def section(self, name: str, kind: type[Kind], options: Mapping[str, Any], measure: Callable[[], Kind]) -> Kind:
         """A section of the given type: read where it was measured under the same options, measured otherwise."""
         file = self._file(name, options)

@@ -11,7 +11,7 @@ import torch
 
 from hasten.bench.evaluation.options import ReportOptions
 from hasten.bench.lambada import Sample, read_samples
-from hasten.checkpoint.hub import resolve_engine
+from hasten.checkpoint.hub import resolve_engine, resolve_model
 from hasten.checkpoint.hugging_face import read_format
 from hasten.checkpoint.plan import open_checkpoint
 from hasten.core.config import EngineConfig
@@ -51,6 +51,8 @@ class Subject:
             raise UnsupportedError(f"{model.architecture} is no decoder that continues texts; use hasten bench")
         engine.parallel.validate(model)
         engine.scheduler.validate(model)
+        if options.hf_model is not None and options.against.engines:
+            resolve_model(options.hf_model)
         limit = _longest_sequence(engine, model)
         device = rank_device(engine, TensorGroup(), 1)
         tokenizer = Tokenizer.from_folder(engine.tokenizer or engine.model)

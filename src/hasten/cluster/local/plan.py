@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hasten.cluster.local.launch import JobPlan, Launch, ServerPlan
-from hasten.cluster.spec import TrainingJob, TritonServer, Workload, mounts, pairs, seconds
+from hasten.cluster.spec import TrainingJob, TritonServer, Workload, mounts, node_folders, pairs, seconds
 from hasten.core.errors import ConfigError
 
 LOCAL_ADDRESS, EVERY_ADDRESS = "127.0.0.1", "0.0.0.0"
@@ -94,13 +94,9 @@ def _launch(spec: Workload, command: list[str], given: Sequence[tuple[str, str, 
 
 def _mounts(spec: Workload, sources: Mapping[str, Source], folder: Path) -> list[tuple[str, str, bool]]:
     mounted = [(sources[name].path, path, sources[name].read_only) for name, path in mounts(spec.data, "--data")]
-    for text in spec.data_dir:
-        source, _, path = text.partition(":")
-        mounted.append((source, path or source, False))
+    mounted += [(outside, inside, False) for outside, inside in node_folders(spec.data_dir)]
     mounted += [(str(copy), path, True) for copy, _, path in config_files(spec, folder)]
     for source, path, _ in mounted:
-        if not path.startswith("/") or path == "/":
-            raise ConfigError(f"cannot mount {source} at {path!r}: give an absolute path other than /")
         if not Path(source).exists() and folder / FILES not in Path(source).parents:
             raise ConfigError(f"{source}, which is to be mounted at {path}, does not exist on this machine")
     taken = [path for _, path, _ in mounted]

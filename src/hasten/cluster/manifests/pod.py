@@ -5,10 +5,19 @@ there as a volume: /tmp, the home folder, /dev/shm.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hasten.cluster.spec import TrainingJob, TritonServer, Workload, is_number, mounts, options_given, pairs
+from hasten.cluster.spec import (
+    TrainingJob,
+    TritonServer,
+    Workload,
+    is_number,
+    mounts,
+    node_folders,
+    options_given,
+    pairs,
+)
 from hasten.core.errors import ConfigError, UnsupportedError
 
 Object = dict[str, Any]
@@ -142,12 +151,8 @@ def _add_claims(storage: Storage, spec: Workload) -> None:
         storage.add(name, source, path, **given(subPathExpr=parts.get(claim)))
 
 
-def _add_folders(storage: Storage, texts: Iterable[str]) -> None:
-    for number, text in enumerate(texts):
-        outside, found, inside = text.partition(":")
-        path = inside if found else outside
-        if not path.startswith("/"):
-            raise ConfigError(f"--data-dir {text!r} is not /FROM:/PATH or /PATH")
+def _add_folders(storage: Storage, texts: Sequence[str]) -> None:
+    for number, (outside, path) in enumerate(node_folders(texts)):
         storage.add(f"data-dir-{number}", {"hostPath": {"path": outside, "type": "Directory"}}, path)
 
 

@@ -80,8 +80,8 @@ def _source(volume: Volume) -> str:
         raise ConfigError(f"--{strange[0].replace('_', '-')} does not go with --{source.replace('_', '-')}")
     if source == "oss_bucket" and not volume.oss_url:
         raise ConfigError("--oss-bucket needs --oss-url, such as oss-cn-hangzhou-internal.aliyuncs.com")
-    if source == "nfs_server" and not volume.path:
-        raise ConfigError("--nfs-server needs --path, the folder that it exports")
+    if source == "nfs_server" and not (volume.path or "").startswith("/"):
+        raise ConfigError("--nfs-server needs --path, the folder that it exports, from / on")
     return source
 
 
