@@ -184,9 +184,18 @@ def test_help_has_an_option_once_with_all_its_names(capsys: pytest.CaptureFixtur
 
 def test_every_field_with_a_help_text_is_offered() -> None:
     parser = Parser(prog="hasten")
-    add_engine_options(parser)
+    add_engine_options(parser, chats=True)
     offered = {action.dest for action in parser._actions}
     assert offered - {"help"} == field_names(EngineConfig) - {"model"}
+
+
+@pytest.mark.parametrize("option", ["--tool-call-parser", "--reasoning-parser"])
+def test_options_of_chats_are_for_commands_that_serve_them(option: str) -> None:
+    for command in (["serve", "m"], ["batch", "in", "out", "--model", "m"], ["bench", "load", "m"]):
+        build_parser().parse_args([*command, option, "mistral"])
+    for command in (["generate", "m"], ["embed", "m"], ["bench", "latency", "m"], ["plan", "m"]):
+        with pytest.raises(ConfigError, match=f"unrecognized arguments: {option}"):
+            build_parser().parse_args([*command, option, "mistral"])
 
 
 def test_a_command_can_have_defaults_of_its_own() -> None:

@@ -58,7 +58,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--retry-errors", action="store_true", help="compute the rows among the errors again")
     _add_ray_options(parser)
     add_sampling_options(parser, skip=NOT_DEFAULTS)
-    add_engine_options(parser, skip=ENGINE_SKIP)
+    add_engine_options(parser, skip=ENGINE_SKIP, chats=True)
     parser.set_defaults(run=run)
 
 

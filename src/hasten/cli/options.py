@@ -28,6 +28,8 @@ HOST_OPTIONS = frozenset({"nnodes", "node_rank", "master_addr", "master_port"})
 """Options of an engine that are those of one process, not of a model."""
 
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+_OF_CHATS = frozenset({"tool_call_parser", "reasoning_parser"})
+"""Options that only say how answers of chats are read."""
 
 Value = typing.TypeVar("Value")
 
@@ -307,10 +309,15 @@ def given(args: argparse.Namespace, kind: type[Any], skip: Set[str] = frozenset(
 
 
 def add_engine_options(
-    parser: argparse.ArgumentParser, *, defaults: Mapping[str, Any] = NOTHING, skip: Set[str] = frozenset()
+    parser: argparse.ArgumentParser,
+    *,
+    defaults: Mapping[str, Any] = NOTHING,
+    skip: Set[str] = frozenset(),
+    chats: bool = False,
 ) -> None:
-    """Add the options of EngineConfig."""
-    add_fields(parser, EngineConfig, "engine options", defaults=defaults, skip=skip)
+    """Add the options of EngineConfig, those of chats' answers only where a command may serve chats."""
+    left_out = skip if chats else skip | _OF_CHATS
+    add_fields(parser, EngineConfig, "engine options", defaults=defaults, skip=left_out)
 
 
 def engine_options(

@@ -41,7 +41,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     create.add_argument(
         "--decoupled", action="store_true", help="let the token model and the ensemble stream responses"
     )
-    add_engine_options(create, skip=HOST_OPTIONS)
+    add_engine_options(create, skip=HOST_OPTIONS, chats=True)
     create.set_defaults(run=run)
 
 

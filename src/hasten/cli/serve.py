@@ -69,7 +69,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
                 metavar="true|false",
                 help=f"{field.metadata['help']} (default: {str(field.default).lower()})",
             )
-    add_engine_options(parser)
+    add_engine_options(parser, chats=True)
     parser.set_defaults(run=run)
 
 

@@ -56,7 +56,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--max-concurrency", type=positive, metavar="N", help="maximum requests in flight (default: --max-num-seqs)"
     )
     add_output(parser, plot="all users' tokens per second over each user's")
-    add_engine_options(parser, skip=_SKIP)
+    add_engine_options(parser, skip=_SKIP, chats=True)
     parser.set_defaults(run=run)
 
 

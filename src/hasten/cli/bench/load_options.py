@@ -26,7 +26,7 @@ def add_options(parser: Parser) -> None:
     _add_requests(parser)
     _add_results(parser)
     add_sampling_options(parser, defaults=SAMPLING_DEFAULTS, skip=NOT_SENT)
-    add_engine_options(parser)
+    add_engine_options(parser, chats=True)
 
 
 def _add_server(parser: Parser) -> None:
