@@ -317,9 +317,10 @@ def test_unreadable_inputs(tiny_bloom: Path, copy_of: Copy, edit_config: Callabl
     edit_config(source, n_head="many")
     with pytest.raises(ConfigError, match="wrong kind"):
         run(source, out)
-    (source / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
-        run(source, out)
+    for damaged in ("{", "[" * 100_000, '{"n_head": ' + "9" * 5000 + "}"):
+        (source / "config.json").write_text(damaged, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
+            run(source, out)
     assert not out.exists()
 
 

@@ -211,7 +211,7 @@ def test_a_bar_is_shown_on_a_terminal_for_several_prompts(llm: LLM, monkeypatch:
 def test_the_example_of_the_docs_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[2]
     text = root.joinpath("docs", "python.md").read_text(encoding="utf-8")
-    block = text.partition("\n\n")[2].partition("\nNames and meanings")[0]
+    block = text.partition("\n\n")[2].partition("\n`LLM`, ")[0]
     monkeypatch.chdir(root)
     exec(textwrap.dedent(block), {})
     assert capsys.readouterr().out.strip()

@@ -98,6 +98,21 @@ def test_ranks_and_converted_checkpoints_give_the_same_tokens(save: Save, tmp_pa
             assert tokens(llm, GREEDY) == greedy(folder)
 
 
+def test_an_activation_beside_the_projection_wins(tmp_path: Path) -> None:
+    folder = save_encoder_decoder(tmp_path, "flan-t5")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"dense_act_fn": "relu"}))
+    with LLM(folder, kv_cache_memory=1 << 22) as llm:
+        assert tokens(llm, GREEDY) == greedy(folder)
+        (output,) = llm.generate([PROMPTS[3]], SamplingParams(seed=1, logprobs=3, max_tokens=8), use_tqdm=False)
+    right = their_logprobs(folder, PROMPTS[3], output.outputs[0].token_ids)
+    for index, top in enumerate(output.outputs[0].logprobs or ()):
+        assert all(abs(entry.logprob - float(right[index, token])) < 1e-4 for token, entry in top.items())
+    assert read_hf_config(folder).activation == "relu"
+    (folder / "config.json").write_text(json.dumps(raw | {"is_gated_act": False}))
+    assert not read_hf_config(folder).gated_mlp
+
+
 def _without_scale(config: ModelConfig) -> ModelConfig:
     return replace(config, logit_scale=None)
 

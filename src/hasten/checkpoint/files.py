@@ -39,7 +39,7 @@ def _json(path: Path) -> Any:
         raise CheckpointError(f"{path.parent} has no {path.name}: is it the folder of a model?") from None
     except NotADirectoryError:
         raise CheckpointError(f"{path.parent} is a file; give the folder of a checkpoint") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again") from error
 
 

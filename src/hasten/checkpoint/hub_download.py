@@ -86,7 +86,7 @@ def _check_config(path: Path, model: HubModel) -> None:
         raw = json.loads(path.read_text(encoding="utf-8"))
         architecture_of(raw)
         format_of(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{model.id}: its config.json is not JSON ({error})") from error
     except HastenError as error:
         raise type(error)(f"{model.id}: {error}") from error

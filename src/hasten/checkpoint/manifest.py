@@ -61,7 +61,7 @@ class Manifest:
             return cls(raw["format"], raw["ranks"], raw["dtype"], {n: _pieces(f) for n, f in raw["files"].items()})
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path}: not a manifest of hasten ({error}); convert the checkpoint again"
             ) from error

@@ -57,7 +57,7 @@ def _has_weights(folder: Path) -> bool:
         if index.is_file():
             try:
                 files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, AttributeError, TypeError):
+            except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
                 return False
             return all((folder / str(file)).is_file() for file in files)
     return False

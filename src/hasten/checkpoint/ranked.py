@@ -132,7 +132,10 @@ def _rank_metadata(path: Path) -> dict[str, Any]:
     raw = (open_safetensors(path).metadata() or {}).get(METADATA_KEY)
     if raw is None:
         raise CheckpointError(f"{path} was not written by hasten: its metadata has no {METADATA_KEY!r}")
-    facts: dict[str, Any] = json.loads(raw)
+    try:
+        facts: dict[str, Any] = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: its metadata {METADATA_KEY!r} is not JSON ({error})") from None
     if facts.get("version") != METADATA_VERSION:
         raise CheckpointError(f"{path}: version {facts.get('version')} is not known; use a newer hasten")
     return facts

@@ -133,7 +133,7 @@ def _json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a JSON object; copy it again")

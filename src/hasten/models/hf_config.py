@@ -140,7 +140,9 @@ def activation(raw: Raw, name: str, default: str) -> Activation:
     """The activation of an MLP or of its gate; UnsupportedError names the key of another."""
     value = default if raw.get(name) is None else raw[name]
     if not isinstance(value, str) or value not in _ACTIVATIONS:
-        raise UnsupportedError(f"{name} {value!r} is not supported; supported are {', '.join(sorted(_ACTIVATIONS))}")
+        raise UnsupportedError(
+            f"{name} {value!r:.80} is not supported; supported are {', '.join(sorted(_ACTIVATIONS))}"
+        )
     return _ACTIVATIONS[value]
 
 

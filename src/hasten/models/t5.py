@@ -99,7 +99,7 @@ class T5ForConditionalGeneration(EncoderDecoder):
     """Whether each layer has biases of its own; else those of a stack share them."""
     hf_harmless: ClassVar[frozenset[str]] = frozenset(
         """
-        classifier_dropout dense_act_fn dropout_rate initializer_factor is_gated_act max_length n_positions output_past
+        classifier_dropout dropout_rate initializer_factor max_length n_positions output_past
         """.split()
     )
 
@@ -227,7 +227,11 @@ def _projection(raw: Mapping[str, Any], default: str) -> tuple[str, Any]:
         raise UnsupportedError(f"feed_forward_proj {value!r} is not supported; it is an activation, or gated- and one")
     name = "gelu_new" if value == "gated-gelu" else name  # as transformers takes it
     activation = hf_config.activation({"feed_forward_proj": name}, "feed_forward_proj", name)
-    return kind or "plain", activation
+    # what transformers makes of it stands beside it in newer files, which it then follows
+    if raw.get("dense_act_fn") is not None:
+        activation = hf_config.activation(raw, "dense_act_fn", name)
+    gated = hf_config.flag(raw, "is_gated_act", kind == "gated")
+    return "gated" if gated else "plain", activation
 
 
 def _weight_map(config: ModelConfig, *, own_biases: bool) -> WeightMap:
