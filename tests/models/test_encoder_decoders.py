@@ -113,6 +113,15 @@ def test_an_activation_beside_the_projection_wins(tmp_path: Path) -> None:
     assert not read_hf_config(folder).gated_mlp
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_of_an_encoder_decoder_is_refused(kind: str, tmp_path: Path) -> None:
+    folder = save_encoder_decoder(tmp_path, kind)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"is_encoder_decoder": False}))
+    with pytest.raises(UnsupportedError, match="is_encoder_decoder False is not supported; supported is True"):
+        read_hf_config(folder)
+
+
 def _without_scale(config: ModelConfig) -> ModelConfig:
     return replace(config, logit_scale=None)
 

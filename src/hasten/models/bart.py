@@ -186,6 +186,7 @@ def config_from_hf(raw: Mapping[str, Any], architecture: str, *, norm_first: boo
     refuse(
         raw,
         {
+            "is_encoder_decoder": True,
             "tie_word_embeddings": True,  # else both stacks have embeddings of their own
             "normalize_before": norm_first,
             "add_final_layer_norm": norm_first,

@@ -22,6 +22,7 @@ from hasten.layers.mlp import MLP, GatedMLP
 from hasten.layers.norm import RMSNorm
 from hasten.layers.position import RelativeBias
 from hasten.models import hf_config
+from hasten.models.encoder import refuse
 from hasten.models.encoder_decoder import DecoderBlock, EncoderBlock, EncoderDecoder
 from hasten.models.weight_map import Axis, Tie, WeightMap, WeightSpec, linear, norm, table, vocabulary
 from hasten.ops.meta import AttentionMeta
@@ -185,6 +186,7 @@ def config_from_hf(raw: Mapping[str, Any], architecture: str, *, scaled: bool, p
 
     `projection` is what a config.json stands for that is silent about the MLP.
     """
+    refuse(raw, {"is_encoder_decoder": True})
     hidden, inner, layers = (hf_config.count(raw, name) for name in ("d_model", "d_ff", "num_layers"))
     heads = hf_config.count(raw, "num_heads")
     attention = AttentionConfig(
