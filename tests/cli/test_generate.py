@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -220,3 +221,16 @@ def test_an_empty_prompt(tiny_bloom: Path, hasten_here: "Hasten") -> None:
     done = hasten_here("generate", tiny_bloom, "--prompt", "")
     assert (done.status, done.out) == (2, "")
     assert "no tokens" in done.err
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_json_that_is_nested_too_deeply_is_one_line(
+    name: str, tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten"
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_bloom, model)
+    (model / name).write_text("[" * 100_000)
+    done = hasten_here("generate", model, "--prompt", "x", "--device", "cpu")
+    assert (done.status, done.out) == (2, "")
+    assert f"{model / name} " in done.err
+    assert done.err.count("\n") == 1

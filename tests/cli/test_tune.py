@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.bench.report_form import form_errors
+from tests.encoders import save_encoder
 
 from hasten.cli.main import build_parser
 from hasten.cli.serve import serve_options
@@ -58,3 +59,10 @@ def test_bad_input(tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten") -> N
     done = hasten_here("serve", tiny_bloom, f"@{tmp_path / 'none'}")
     assert done.status == 2
     assert "No such file" in done.err
+
+
+def test_a_model_that_generates_no_text_is_not_tuned(tmp_path: Path, hasten_here: "Hasten") -> None:
+    save_encoder(tmp_path / "bert", "Bert", num_hidden_layers=1)
+    done = hasten_here("tune", tmp_path / "bert", "--slo", "itl=1s", "--device", "cpu")
+    assert (done.status, done.out) == (2, "")
+    assert "generates no text; hasten tune is for models that do" in done.err

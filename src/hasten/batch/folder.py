@@ -50,6 +50,6 @@ def _known(file: Path) -> dict[str, Any]:
     try:
         with reading(str(file)):
             known = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON ({error}); give a new folder for the results") from None
     return known if isinstance(known, dict) else {}

@@ -133,9 +133,11 @@ def _rank_metadata(path: Path) -> dict[str, Any]:
     if raw is None:
         raise CheckpointError(f"{path} was not written by hasten: its metadata has no {METADATA_KEY!r}")
     try:
-        facts: dict[str, Any] = json.loads(raw)
+        facts: Any = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its metadata {METADATA_KEY!r} is not JSON ({error})") from None
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{path} is damaged: its metadata {METADATA_KEY!r} is not a JSON object")
     if facts.get("version") != METADATA_VERSION:
         raise CheckpointError(f"{path}: version {facts.get('version')} is not known; use a newer hasten")
     return facts

@@ -12,7 +12,7 @@ from hasten.cli.bench.common import add_output, require_writable, write, write_p
 from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, option_words, path, positive
 from hasten.cli.progress import progress_lines
 from hasten.core.config import EngineConfig
-from hasten.core.errors import ConfigError
+from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.extras import require_extra
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     options = engine_options(args, skip=_SKIP)
     engine = resolve_engine(EngineConfig.create(args.model, **options))
     model = open_checkpoint(engine.model, dummy=torch.device("cpu")).config
+    if model.task != "generate":
+        raise UnsupportedError(f"{model.architecture} generates no text; hasten tune is for models that do")
     engine.parallel.validate(model)
     engine.scheduler.validate(model)
     longest = engine.scheduler.max_model_len or model.max_position_embeddings or DEFAULT_MODEL_LEN

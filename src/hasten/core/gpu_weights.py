@@ -387,7 +387,7 @@ def folder_of(config: EngineConfig) -> Path | None:
     alone = config.parallel.ranks == 1 and config.load_format == "auto" and config.device in ("auto", "cuda", "cuda:0")
     if not alone or not any((folder / name).is_file() for name in (_FILE, _INDEX)):
         return None
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, RecursionError, TypeError):
         # quantized weights are put together from several tensors, on the CPU
         return None if "quantization_config" in json.loads((folder / "config.json").read_text()) else folder
     return None
@@ -397,7 +397,7 @@ def begun(files: Sequence[Path], number: int) -> GpuWeights | None:
     """Begin to read files to the GPU of this number; None where that cannot be. CUDA's driver is initialized."""
     try:
         return GpuWeights(files, CudaDriver(number), number)
-    except (OSError, AttributeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, AttributeError, ValueError, RecursionError, KeyError, TypeError) as error:
         _log.debug("weights are not read to GPU %d directly: %s", number, error)
         return None
 
@@ -418,7 +418,7 @@ class Begun:
         """Begin to read the weights of a folder to the first GPU; CUDA's driver is initialized."""
         try:
             self._weights = begun(_files(folder), 0)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             _log.debug("%s: %s", folder, error)
         finally:
             self._is_known.set()

@@ -113,7 +113,7 @@ class Section:
         try:
             found = () if value == "None" else json.loads(value)
             return tuple(int(each) for each in found) if isinstance(found, list | tuple) else (int(found),)
-        except (ValueError, TypeError):
+        except (ValueError, RecursionError, TypeError):
             raise self._wrong(key, value, "a token id or a list of them") from None
 
     def unread(self) -> list[str]:

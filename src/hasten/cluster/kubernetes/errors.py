@@ -128,7 +128,7 @@ def bad_config(error: Exception, source: str) -> ConfigError:
 def _status(body: bytes) -> dict[str, Any]:
     try:
         read = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) and read.get("kind") == "Status" else {}
 

@@ -44,7 +44,7 @@ def _server(live: Object) -> TritonServer:
         )
     try:
         return server_of(json.loads(record))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, RecursionError, AttributeError) as error:
         raise UnsupportedError(
             f"the annotation {SPEC} of {name_of(live)} is of another version of hasten ({error}): use that one, or "
             "serve another version"
