@@ -135,6 +135,9 @@ def test_spread() -> None:
     spread = report.Spread.of([3.0, 1.0, 2.0])
     assert (spread.best, spread.p50) == (1.0, 2.0)
     assert 2.9 < spread.p99 < 3.0
+    rates = report.Spread.of([3.0, 1.0, 2.0], lambda seconds: 6 / seconds)
+    assert (rates.best, rates.p50) == (6.0, 3.0)  # the best of rates is the greatest
+    assert 2.0 < rates.p99 < 2.1
 
 
 def test_results_that_cannot_be_written_are_refused_beforehand(tmp_path: Path) -> None:

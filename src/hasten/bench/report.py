@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """A measure over repetitions."""
+    """A measure over repetitions, percentiles from the best repetition on: the 99th is that of the slowest 1%."""
 
     best: float
     p50: float
     p99: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Least value, median and 99th percentile."""
-        return cls(min(values), float(np.percentile(values, 50)), float(np.percentile(values, 99)))
+    def of(cls, seconds: Sequence[float], figure: Callable[[float], float] = float) -> "Spread":
+        """Of the times of repetitions, or of what `figure` makes of a time, such as tokens per second."""
+        found = min(seconds), np.percentile(seconds, 50), np.percentile(seconds, 99)
+        return cls(*(figure(float(each)) for each in found))
 
 
 @dataclass(frozen=True)
