@@ -156,11 +156,18 @@ WRITES: dict[str, Callable[[Backend, str], object]] = {
 }
 
 
+def test_a_home_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "home").touch()
+    with pytest.raises(ConfigError, match=r"home is not a folder: .* set HASTEN_HOME"):
+        LocalBackend(tmp_path / "home")
+
+
 @pytest.mark.parametrize("verb", WRITES)
-def test_a_home_that_is_no_folder(tmp_path: Path, verb: str) -> None:
+def test_a_home_that_is_no_folder_any_more(tmp_path: Path, verb: str) -> None:
+    backend = LocalBackend(tmp_path / "home")
     (tmp_path / "home").touch()
     with pytest.raises(ConfigError, match=r"cannot use .*\(Not a directory\).* HASTEN_HOME, default"):
-        WRITES[verb](LocalBackend(tmp_path / "home"), str(tmp_path))
+        WRITES[verb](backend, str(tmp_path))
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EDQUOT])

@@ -97,9 +97,12 @@ class State:
 
 
 def home_folder(home: Path | None) -> Path:
-    """Where the local backend keeps its state: `home`, else HASTEN_HOME, else ~/.hasten."""
+    """Where the local backend keeps its state: `home`, else HASTEN_HOME, else ~/.hasten; ConfigError for a file."""
     chosen = home or Path(os.environ.get(HOME_VARIABLE) or "~/.hasten")
-    return expand_home(chosen, f"set {HOME_VARIABLE} to a folder").absolute()
+    folder = expand_home(chosen, f"set {HOME_VARIABLE} to a folder").absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder: jobs, servers and volumes are kept there; set {HOME_VARIABLE}")
+    return folder
 
 
 @contextmanager
