@@ -3,12 +3,22 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from hasten.cli import demo
 from hasten.cli.interrupts import TerminatedError, cleaned_up_when_terminated
 from hasten.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def defaults() -> Iterator[None]:
+    """Handlers as a command finds them: Ray, for one, leaves one of its own for SIGTERM in this process."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
