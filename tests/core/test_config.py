@@ -8,11 +8,12 @@ import pytest
 
 from hasten.core.config import CacheConfig, EngineConfig, SchedulerConfig, engine_fields
 from hasten.core.dtypes import dtype_name
-from hasten.core.engine_options import WITHOUT_EFFECT, EngineOptions
+from hasten.core.engine_options import EngineOptions
 from hasten.core.errors import ConfigError
 from hasten.core.model_config import AttentionConfig, ModelConfig
 from hasten.core.option_fields import parse_size
 from hasten.core.parallel_config import ParallelConfig
+from hasten.core.vllm_arguments import WITHOUT_EFFECT
 
 ATTENTION: dict[str, Any] = {"num_heads": 12, "num_kv_heads": 4, "head_size": 8}
 MODEL: dict[str, Any] = {

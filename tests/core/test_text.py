@@ -1,7 +1,7 @@
 import pytest
 
 from hasten.core.errors import InvalidRequestError
-from hasten.core.text import from_command_line, require_utf8, utf8_lines
+from hasten.core.text import from_command_line, from_json, require_utf8, utf8_lines
 
 OTHER_ENDS = "a\fb\vc\x1cd\x1de\x1ef\x85g\u2028h\u2029i\rj"
 """All that str.splitlines takes for the end of a line as well."""
@@ -53,3 +53,15 @@ def test_arguments_that_the_locale_could_not_decode_are_utf8() -> None:
     assert from_command_line("caf\udcc3\udca9") == "caf\u00e9"
     assert from_command_line("abc\udcff") == "abc\udcff"
     assert from_command_line("abc\ud83d") == "abc\ud83d"
+
+
+@pytest.mark.parametrize("depth", [10_000, 1_000_000])
+def test_json_that_is_nested_too_deeply_is_a_wrong_value(depth: int) -> None:
+    with pytest.raises(ValueError, match=r"^it is nested too deeply$"):
+        from_json("[" * depth)
+
+
+def test_constants_of_json_are_numbers_unless_they_are_refused() -> None:
+    assert from_json(b'{"a": [1, Infinity]}') == {"a": [1, float("inf")]}
+    with pytest.raises(KeyError, match="NaN"):
+        from_json("NaN", {}.__getitem__)

@@ -8,6 +8,7 @@ from typing import Any
 from hasten.batch.shards import write_whole
 from hasten.core.errors import ConfigError
 from hasten.core.files import FOLDER_LOCK, reading
+from hasten.core.text import from_json
 
 JOB, SUMMARY = "job.json", "summary.json"
 _WORDS = {
@@ -49,7 +50,7 @@ def has_rows(folder: Path) -> bool:
 def _known(file: Path) -> dict[str, Any]:
     try:
         with reading(str(file)):
-            known = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+            known = from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON ({error}); give a new folder for the results") from None
     return known if isinstance(known, dict) else {}

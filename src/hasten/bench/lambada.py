@@ -5,7 +5,6 @@ encoded as a pair; a batch generates as many tokens as its longest target has; a
 the target are; the time is that of the generate calls alone.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from hasten.bench.peers import NotMeasured, fastest, has_failed
 from hasten.bench.report import Environment
 from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.core.files import reading
-from hasten.core.text import require_utf8, utf8_lines
+from hasten.core.text import from_json, require_utf8, utf8_lines
 from hasten.engine.text import Tokenizer
 
 
@@ -102,8 +101,8 @@ def read_texts(path: str) -> Iterator[tuple[str, str]]:
 
 def _text(line: str, where: str) -> str:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = from_json(line)
+    except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise ConfigError(f'{where}: not an object with a string "text"')

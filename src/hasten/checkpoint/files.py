@@ -1,6 +1,5 @@
 """Files of checkpoints, read as JSON and as tensors. CheckpointError names the file, what is wrong and what to do."""
 
-import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hasten.core.errors import CheckpointError
+from hasten.core.text import from_json
 from hasten.ops import TORCH_DTYPES
 
 _FLOATS = frozenset({torch.float64, *TORCH_DTYPES.values()})
@@ -34,12 +34,12 @@ def read_json_list(path: Path) -> list[Any]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}: is it the folder of a model?") from None
     except NotADirectoryError:
         raise CheckpointError(f"{path.parent} is a file; give the folder of a checkpoint") from None
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again") from error
 
 

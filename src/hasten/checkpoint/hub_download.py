@@ -3,7 +3,6 @@
 huggingface_hub is imported for this alone, and torch never.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 from hasten.checkpoint.model_files import Part, needed_files
 from hasten.core.errors import CheckpointError, ConfigError, HastenError
 from hasten.core.progress import ProgressBar, progress_bar
+from hasten.core.text import from_json
 from hasten.models.registry import architecture_of
 
 _log = logging.getLogger(__name__)
@@ -83,10 +83,10 @@ def _check_config(path: Path, model: HubModel) -> None:
     from hasten.quantization.formats.registry import format_of
 
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = from_json(path.read_text(encoding="utf-8"))
         architecture_of(raw)
         format_of(raw)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{model.id}: its config.json is not JSON ({error})") from error
     except HastenError as error:
         raise type(error)(f"{model.id}: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import CheckpointError, ChecksumError
+from hasten.core.text import from_json
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -55,13 +56,13 @@ class Manifest:
         """The manifest of `folder`, None where there is none; CheckpointError if it cannot be understood."""
         path = folder / MANIFEST
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = from_json(path.read_text(encoding="utf-8"))
             if raw["version"] != VERSION:
                 raise CheckpointError(f"{path}: version {raw['version']} is not known; use a newer hasten")
             return cls(raw["format"], raw["ranks"], raw["dtype"], {n: _pieces(f) for n, f in raw["files"].items()})
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path}: not a manifest of hasten ({error}); convert the checkpoint again"
             ) from error

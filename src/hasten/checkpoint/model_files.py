@@ -1,12 +1,12 @@
 """Which files make a model, in a folder here and in a repository on the hub."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from hasten.core.errors import CheckpointError
+from hasten.core.text import from_json
 from hasten.quantization.formats.files import METHODS
 
 Part = Literal["model", "config", "tokenizer"]
@@ -56,8 +56,8 @@ def _has_weights(folder: Path) -> bool:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+                files = set(from_json(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, AttributeError, TypeError):
                 return False
             return all((folder / str(file)).is_file() for file in files)
     return False

@@ -1,6 +1,5 @@
 """Folders whose files hold the shards of ranks, and those of them that are in safetensors."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
@@ -24,6 +23,7 @@ from hasten.core.model_config import (
     QKNorm,
     RopeConfig,
 )
+from hasten.core.text import from_json
 from hasten.models.registry import model_class
 from hasten.models.weight_map import WeightSpec
 from hasten.parallel.shard import overlap, resplit, shard_shape, split
@@ -133,8 +133,8 @@ def _rank_metadata(path: Path) -> dict[str, Any]:
     if raw is None:
         raise CheckpointError(f"{path} was not written by hasten: its metadata has no {METADATA_KEY!r}")
     try:
-        facts: Any = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        facts: Any = from_json(raw)
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: its metadata {METADATA_KEY!r} is not JSON ({error})") from None
     if not isinstance(facts, dict):
         raise CheckpointError(f"{path} is damaged: its metadata {METADATA_KEY!r} is not a JSON object")

@@ -11,7 +11,7 @@ from typing import Any
 from hasten.cli.options import Parser, add_engine_options, add_fields, given, path
 from hasten.core.errors import ConfigError
 from hasten.core.files import reading
-from hasten.core.text import from_command_line, require_utf8, utf8_lines
+from hasten.core.text import from_command_line, from_json, require_utf8, utf8_lines
 from hasten.core.types import PoolingParams
 
 ENGINE_SKIP = frozenset({"seed"})
@@ -74,8 +74,8 @@ def _entries(name: str, lines: Iterable[str]) -> Iterable[Entry]:
             continue
         where = f"{name}, line {number}"
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = from_json(line)
+        except ValueError as error:
             raise ConfigError(
                 f'{where} is not JSON ({error}); give a text in quotes, or an object with "text"'
             ) from None

@@ -181,8 +181,7 @@ def node_folders(texts: Sequence[str]) -> list[tuple[str, str]]:
         inside = inside if found else outside
         what = f"--data-dir {text!r}"
         _require(outside.startswith("/") and inside.startswith("/"), f"{what} is not /FROM:/PATH or /PATH")
-        for path in (outside, inside):
-            _require(".." not in path.split("/"), f"{what} has '..': write the path without it")
+        _require(".." not in outside.split("/"), f"{what} has '..': write the path without it")
         _check_folder(inside, what)
         parsed.append((outside, inside))
     return parsed

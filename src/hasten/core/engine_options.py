@@ -7,55 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from hasten.core.dtypes import KVCacheDType, Quantization
-from hasten.core.errors import ConfigError
 from hasten.core.option_fields import parse_size, require
-
-_TASK = "what a model gives follows from its checkpoint; leave it out"
-WITHOUT_EFFECT: Mapping[str, tuple[tuple[object, ...] | None, str]] = {
-    "enable_chunked_prefill": ((True, None), "long prompts are computed in chunks; see max_num_batched_tokens"),
-    "disable_log_stats": (None, ""),
-    "disable_custom_all_reduce": (None, ""),
-    "trust_remote_code": (None, ""),
-    "swap_space": (None, ""),
-    "max_seq_len_to_capture": (None, ""),
-    "cpu_offload_gb": ((0,), "all weights stay on the device"),
-    "data_parallel_size": ((1,), "this is one engine; hasten serve --data-parallel-size runs several"),
-    "enable_lora": ((False, None), "adapters are not supported; merge them into the checkpoint"),
-    "skip_tokenizer_init": ((False,), "a folder without a tokenizer does without one"),
-    "enable_auto_tool_choice": (None, ""),
-    "tokenizer_mode": (("auto", "fast"), "the tokenizer is the checkpoint's tokenizer.json"),
-    "scheduling_policy": (("fcfs",), "requests begin as they come; itl_target and LLM.generate may change that"),
-    "speculative_config": ((None,), "there is no speculative decoding"),
-    "max_logprobs": (None, ""),
-    "limit_mm_per_prompt": (None, ""),
-    "task": (("auto", None), _TASK),
-    "runner": (("auto", None), _TASK),
-    "convert": (("auto", "none", None), _TASK),
-    "generation_config": (
-        ("vllm", None),
-        "SamplingParams have defaults of their own; LLM.get_default_sampling_params has the checkpoint's",
-    ),
-    "override_generation_config": (({}, None), "give SamplingParams"),
-    "hf_overrides": (({}, None), "change the checkpoint's config.json"),
-    "rope_scaling": (({}, None), "change the checkpoint's config.json"),
-    "rope_theta": ((None,), "change the checkpoint's config.json"),
-    "logits_processors": (([], (), None), "use logit_bias, allowed_token_ids, bad_words or structured_outputs"),
-    "compilation_config": (
-        ({}, None),
-        "what a device needs compiled or captured is; enforce_eager does without graphs",
-    ),
-    "structured_outputs_config": (
-        ({"backend": "auto"}, {"backend": "guidance"}, {}, None),
-        "grammars are llguidance's; max_grammar_seconds and max_grammar_memory bound them",
-    ),
-    "num_gpu_blocks_override": ((None,), "give kv_cache_memory"),
-    "distributed_executor_backend": (
-        ("mp", "uni", None),
-        "ranks are processes that LLM starts, or torchrun or mpirun",
-    ),
-}
-"""Options of vLLM that choose nothing here: the values that ask for what hasten does anyway (None: any value), and why
-others are refused."""
+from hasten.core.vllm_arguments import WITHOUT_EFFECT, refusal
 
 _STORED_FORMATS = ("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "mxfp4")
 """Formats of quantized checkpoints for which vLLM has a value of `quantization`."""
@@ -71,7 +24,8 @@ def by_field(options: Mapping[str, Any], fields: "Sequence[dataclasses.Field[Any
     given: dict[str, Any] = {}
     for name, value in options.items():
         if name in WITHOUT_EFFECT:
-            _check_without_effect(name, value)
+            reason = refusal(WITHOUT_EFFECT, name, value)
+            require(reason is None, f"{name}={value!r:.80} is not supported: {reason}")
             continue
         require(name in names, _unknown_option(name, names))
         described = names[name]
@@ -84,12 +38,6 @@ def by_field(options: Mapping[str, Any], fields: "Sequence[dataclasses.Field[Any
         if value is not None:
             given[described.name] = _plain(described, value)
     return given
-
-
-def _check_without_effect(name: str, value: object) -> None:
-    values, reason = WITHOUT_EFFECT[name]
-    if values is not None and value not in values:
-        raise ConfigError(f"{name}={value!r:.80} is not supported: {reason}")
 
 
 def _unknown_option(name: str, names: "Mapping[str, dataclasses.Field[Any]]") -> str:

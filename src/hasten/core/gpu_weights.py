@@ -7,7 +7,6 @@ keeps all this from working, such as too little memory, is no error: what did no
 
 import ctypes
 import itertools
-import json
 import logging
 import os
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from hasten.core.config import EngineConfig
+from hasten.core.text import from_json
 
 _log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class _File(NamedTuple):
             length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
             if length > _MOST_HEADER:
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(os.pread(descriptor, length, 8))
+            header = from_json(os.pread(descriptor, length, 8))
             header.pop("__metadata__", None)
             entries = [
                 _Entry(name, entry["dtype"], tuple(entry["shape"]), first, end - first)
@@ -387,9 +387,9 @@ def folder_of(config: EngineConfig) -> Path | None:
     alone = config.parallel.ranks == 1 and config.load_format == "auto" and config.device in ("auto", "cuda", "cuda:0")
     if not alone or not any((folder / name).is_file() for name in (_FILE, _INDEX)):
         return None
-    with suppress(OSError, ValueError, RecursionError, TypeError):
+    with suppress(OSError, ValueError, TypeError):
         # quantized weights are put together from several tensors, on the CPU
-        return None if "quantization_config" in json.loads((folder / "config.json").read_text()) else folder
+        return None if "quantization_config" in from_json((folder / "config.json").read_text()) else folder
     return None
 
 
@@ -397,7 +397,7 @@ def begun(files: Sequence[Path], number: int) -> GpuWeights | None:
     """Begin to read files to the GPU of this number; None where that cannot be. CUDA's driver is initialized."""
     try:
         return GpuWeights(files, CudaDriver(number), number)
-    except (OSError, AttributeError, ValueError, RecursionError, KeyError, TypeError) as error:
+    except (OSError, AttributeError, ValueError, KeyError, TypeError) as error:
         _log.debug("weights are not read to GPU %d directly: %s", number, error)
         return None
 
@@ -418,7 +418,7 @@ class Begun:
         """Begin to read the weights of a folder to the first GPU; CUDA's driver is initialized."""
         try:
             self._weights = begun(_files(folder), 0)
-        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             _log.debug("%s: %s", folder, error)
         finally:
             self._is_known.set()
@@ -442,5 +442,5 @@ def _files(folder: Path) -> list[Path]:
     """The files that hold a model's weights."""
     if (folder / _FILE).is_file():
         return [folder / _FILE]
-    names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    names = from_json((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
     return [folder / name for name in sorted(set(names))]

@@ -10,7 +10,7 @@ from hasten.core.option_fields import require
 _MOST_LAYERS = 10_000
 """More layers than any model has: a nonsensical number would otherwise fill the memory with names of weights."""
 _MOST_WIDTH = 1 << 31
-"""Beyond the width of any model: what is made of more has shapes that torch cannot say."""
+"""Beyond the width of any model: larger sizes do not fit into torch's shapes."""
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 """Activations of an MLP, or of the gate of a gated unit; `gelu` is the exact one, by the error function."""
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]

@@ -1,6 +1,9 @@
 """Text that comes from outside: it is UTF-8, and its lines end at a line feed."""
 
+import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 from hasten.core.errors import InvalidRequestError
 
@@ -17,6 +20,17 @@ def require_utf8(name: str, text: str) -> None:
             f"{name} is not valid UTF-8: it has the lone surrogate {ascii(text[error.start])[1:-1]} at position "
             f"{error.start}"
         ) from None
+
+
+def from_json(text: str | bytes, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """The value of a text in JSON; ValueError where it is none, or is nested more deeply than Python can read.
+
+    `parse_constant` is given NaN and infinities, as by `json.loads`.
+    """
+    try:
+        return json.loads(text, parse_constant=parse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def shortened(text: str, most: int) -> str:

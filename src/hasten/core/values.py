@@ -121,7 +121,6 @@ KEPT: Mapping[Kind, Callable[[str, Any], Any]] = {
 }
 """A value, of a parameter of this name, as it is kept; InvalidRequestError where it is of another type."""
 _Params = TypeVar("_Params", bound=type[Any])
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def with_known_names(instead: Mapping[str, str]) -> Callable[[_Params], _Params]:
@@ -150,55 +149,3 @@ def with_known_names(instead: Mapping[str, str]) -> Callable[[_Params], _Params]
         return kind
 
     return decorate
-
-
-_Accepted = Mapping[str, tuple[tuple[object, ...], str]]
-"""Arguments of vLLM's by name: the values that ask for what hasten does anyway, and why others are refused."""
-
-
-def with_accepted_names(accepted: _Accepted) -> Callable[[_Method], _Method]:
-    """Let a method take arguments that it does not have, for the values that choose nothing; others are refused."""
-
-    def decorate(method: _Method) -> _Method:
-        @functools.wraps(method)
-        def checked(*args: Any, **options: Any) -> Any:
-            for name in accepted.keys() & options.keys():
-                value, (values, reason) = options.pop(name), accepted[name]
-                plain = isinstance(value, int | str | dict | None)  # others may not say whether they are equal
-                require(plain and value in values, f"{name} is not supported: {reason}")
-            return method(*args, **options)
-
-        return checked  # type: ignore[return-value]  # it has the method's own arguments, too
-
-    return decorate
-
-
-_NOTHING = (None,)
-_OF_PROMPTS: _Accepted = {
-    "lora_request": (_NOTHING, "merge the adapter into the checkpoint"),
-    "tokenization_kwargs": ((None, {}), "give the token ids of texts that are tokenized otherwise"),
-}
-OF_TEXTS: _Accepted = {
-    **_OF_PROMPTS,
-    "prompt_token_ids": (_NOTHING, "give token ids as prompts, a list for each"),
-}
-"""Of methods that take prompts."""
-OF_SCORE: _Accepted = {
-    **_OF_PROMPTS,
-    "chat_template": (_NOTHING, "the tokenizer says how two texts become one"),
-    "pooling_params": (_NOTHING, "truncate_prompt_tokens is an argument of its own"),
-}
-"""Of `score`."""
-OF_GENERATE: _Accepted = {
-    **OF_TEXTS,
-    "priority": ((None, 0), "requests begin as they come, or with the greatest max_tokens"),
-    "trace_headers": (_NOTHING, "a server takes them as headers of its requests"),
-    "data_parallel_rank": (_NOTHING, "this is one engine"),
-}
-"""Of `generate`."""
-OF_CHAT: _Accepted = {
-    **_OF_PROMPTS,
-    "chat_template_content_format": ((None, "auto", "string"), "templates get the content of a message as one text"),
-    "mm_processor_kwargs": ((None, {}), "models read text alone"),
-}
-"""Of `chat`."""

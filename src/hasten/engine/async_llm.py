@@ -30,7 +30,7 @@ from hasten.core.types import (
     RequestOutput,
     SamplingParams,
 )
-from hasten.core.values import OF_GENERATE, with_accepted_names
+from hasten.core.vllm_arguments import OF_GENERATE, with_accepted_names
 from hasten.engine.llm import LLM, output_copy, prompt_request
 from hasten.engine.llm_pooling import given_params
 from hasten.engine.pooling import generates_text

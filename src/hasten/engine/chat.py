@@ -18,7 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from hasten.core.errors import CheckpointError, InvalidRequestError
-from hasten.core.text import require_utf8
+from hasten.core.text import from_json, require_utf8
 from hasten.engine.template_sandbox import BoundedEnvironment, TemplateLimitError, TemplateTimeError, limited_time
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -187,8 +187,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        values = from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} holds no JSON object")
@@ -292,8 +292,8 @@ def _tool_call(where: str, call: Any) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as error:
+            arguments = from_json(arguments or "{}")
+        except ValueError as error:
             raise InvalidRequestError(f"{where}.function.arguments is not valid JSON: {error}") from None
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):

@@ -24,7 +24,7 @@ from hasten.core.errors import ConfigError, EngineError, InvalidRequestError
 from hasten.core.model_config import ModelConfig
 from hasten.core.progress import ProgressBar, progress_bar
 from hasten.core.types import Request, RequestOutput, SamplingParams
-from hasten.core.values import OF_CHAT, OF_GENERATE, with_accepted_names
+from hasten.core.vllm_arguments import OF_CHAT, OF_GENERATE, with_accepted_names
 from hasten.engine import launch
 from hasten.engine.engine import Engine
 from hasten.engine.llm_pooling import PoolingMethods

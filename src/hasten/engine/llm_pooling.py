@@ -20,7 +20,7 @@ from hasten.core.types import (
     Request,
     ScoringOutput,
 )
-from hasten.core.values import OF_SCORE, OF_TEXTS, with_accepted_names
+from hasten.core.vllm_arguments import OF_SCORE, OF_TEXTS, with_accepted_names
 from hasten.engine.engine import Engine
 from hasten.engine.fill_mask import target_ids, with_texts
 from hasten.engine.pooling import Pooler, generates_text

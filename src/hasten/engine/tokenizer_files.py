@@ -4,7 +4,6 @@ tokenizer.json alone is read without transformers, which takes seconds to import
 it lacks, or change how it prepares, begins and ends a text, transformers puts them together.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from hasten.core.errors import CheckpointError
+from hasten.core.text import from_json
 
 _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 _TOKENIZER_CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -130,10 +130,10 @@ def _named(raw: Mapping[str, Any], file: Path) -> Iterator[_Declared]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a JSON object; copy it again")

@@ -23,8 +23,8 @@ from hasten.server.sse import BODY, BodyWriter, Flow
 _LINGER_S, _LINGER_BYTES = 2.0, 1 << 20
 """For how long a connection is read on whose request was refused: closed at once, the client would lose the answer."""
 _LOG_EVERY_S = 60.0
-_TOLD = 64
-"""Handshakes beyond the limit of connections, so that their clients can be told that there are too many."""
+_REFUSED_HANDSHAKES = 64
+"""Handshakes beyond the limit of connections that are completed, so that their clients get the answer 503."""
 _ACCEPT_AGAIN_S = 0.1
 _LINE_BYTES = 4
 """Of a header's line beside its name and value: colon, space and line end."""
@@ -64,7 +64,7 @@ class Connections:
             except OSError:  # it is gone already, or no file descriptor is left
                 await asyncio.sleep(_ACCEPT_AGAIN_S)
                 continue
-            if not self._has_room(_TOLD):
+            if not self._has_room(_REFUSED_HANDSHAKES):
                 accepted.close()
                 continue
             handshake = loop.create_task(self._encrypt(accepted, tls, protocol))

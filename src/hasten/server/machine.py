@@ -79,7 +79,7 @@ class GpuMeter:
         return [str(self._nvml.nvmlDeviceGetName(handle)) for handle in self._handles()]
 
     def read(self) -> Mapping[str, Mapping[str, float]]:
-        """By each GPU's UUID and the names of metrics: a share, bytes, watts, joules since the first reading."""
+        """By each GPU's UUID and the names of metrics: a utilization, bytes, watts, joules since the first reading."""
         return {str(self._nvml.nvmlDeviceGetUUID(handle)): self._values(handle) for handle in self._handles()}
 
     def _values(self, handle: Any) -> dict[str, float]:

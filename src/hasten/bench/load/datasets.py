@@ -1,6 +1,5 @@
 """Data sets of a load: conversations in ShareGPT's form, prompts as JSON lines, traces with timestamps."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.core.files import reading
-from hasten.core.text import require_utf8, utf8_lines
+from hasten.core.text import from_json, require_utf8, utf8_lines
 
 _USER, _ASSISTANT = ("human", "user"), ("gpt", "assistant", "chatgpt", "model", "bing", "bard")
 _LENGTH_NAMES = ("output_length", "output_tokens", "output_len", "max_tokens")
@@ -96,8 +95,8 @@ def _json_lines(path: str, lines: list[str]) -> Iterator[tuple[str, Mapping[str,
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return from_json(text)
+    except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
 
 

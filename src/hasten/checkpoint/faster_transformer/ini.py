@@ -1,12 +1,12 @@
 """config.ini of a folder: its sections, with values read as what they must be."""
 
 import configparser
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from hasten.core.dtypes import Quantization
 from hasten.core.errors import CheckpointError, UnsupportedError
+from hasten.core.text import from_json
 
 CONFIG_INI = "config.ini"
 INT8_MODES: Mapping[str, Quantization | None] = {"0": None, "1": "int8"}
@@ -111,9 +111,9 @@ class Section:
         """Token ids: one, a list or `None`."""
         value = self.text(key, str(default))
         try:
-            found = () if value == "None" else json.loads(value)
+            found = () if value == "None" else from_json(value)
             return tuple(int(each) for each in found) if isinstance(found, list | tuple) else (int(found),)
-        except (ValueError, RecursionError, TypeError):
+        except (ValueError, TypeError):
             raise self._wrong(key, value, "a token id or a list of them") from None
 
     def unread(self) -> list[str]:

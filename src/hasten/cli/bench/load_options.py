@@ -1,12 +1,12 @@
 """The options of `hasten bench load`."""
 
-import json
 import math
 from typing import Any
 
 from hasten.cli.bench.common import SAMPLING_DEFAULTS, add_output
 from hasten.cli.options import Parser, add_engine_options, add_sampling_options, path, positive, typed
 from hasten.core.errors import ConfigError
+from hasten.core.text import from_json
 
 NOT_SENT = frozenset({"n", "max_tokens", "seed", "beam_width", "length_penalty", "early_stopping", "prompt_logprobs"})
 NOT_SENT |= {"beam_search_diversity_rate"}
@@ -194,8 +194,8 @@ def _header(text: str) -> tuple[str, str]:
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object; ConfigError for any other text."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = from_json(text)
+    except ValueError as error:
         raise ConfigError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{text!r:.80} is not a JSON object")

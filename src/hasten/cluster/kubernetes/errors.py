@@ -6,7 +6,6 @@ The server answers with an object `Status` (kubernetes.io/docs/reference/kuberne
 
 import base64
 import binascii
-import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from typing import Any
 from hasten.cluster.kubernetes.resources import Resource
 from hasten.cluster.manifests.config import CRDS
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
+from hasten.core.text import from_json
 
 _DENIED = re.compile(r'User "([^"]*)" cannot (\S+) resource "([^"]+)" in API group "([^"]*)"')
 
@@ -127,8 +127,8 @@ def bad_config(error: Exception, source: str) -> ConfigError:
 
 def _status(body: bytes) -> dict[str, Any]:
     try:
-        read = json.loads(body)
-    except (ValueError, RecursionError):
+        read = from_json(body)
+    except ValueError:
         return {}
     return read if isinstance(read, dict) and read.get("kind") == "Status" else {}
 
@@ -161,7 +161,7 @@ def _expiry(token: str | None) -> datetime | None:
     if len(parts) != 3:
         return None
     try:
-        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        claims = from_json(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
         return datetime.fromtimestamp(claims["exp"], UTC)
     except (binascii.Error, ValueError, KeyError, TypeError, OverflowError):
         return None

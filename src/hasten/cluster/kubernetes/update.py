@@ -4,7 +4,6 @@ Only the fields of the new plan that the update names are applied: the rest of a
 or changed it since (an autoscaler, kubectl, an earlier version of hasten with other plans).
 """
 
-import json
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -19,6 +18,7 @@ from hasten.cluster.manifests.pod import GPU
 from hasten.cluster.manifests.server import SPEC, disruption_budgets
 from hasten.cluster.spec import TritonServer, pairs, server_of
 from hasten.core.errors import ExistsError, UnsupportedError
+from hasten.core.text import from_json
 
 _TEMPLATES = (("template",), ("leaderWorkerTemplate", "leaderTemplate"), ("leaderWorkerTemplate", "workerTemplate"))
 
@@ -43,8 +43,8 @@ def _server(live: Object) -> TritonServer:
             "cannot change it; use what created it, or serve another version"
         )
     try:
-        return server_of(json.loads(record))
-    except (TypeError, ValueError, RecursionError, AttributeError) as error:
+        return server_of(from_json(record))
+    except (TypeError, ValueError, AttributeError) as error:
         raise UnsupportedError(
             f"the annotation {SPEC} of {name_of(live)} is of another version of hasten ({error}): use that one, or "
             "serve another version"

@@ -32,6 +32,7 @@ from hasten.cluster.local.launch import JobPlan, Launch, ServerPlan, job_plan_of
 from hasten.cluster.spec import TrainingJob, TritonServer, checked_name, checked_namespace, checked_version, server_of
 from hasten.core.errors import ClusterError, ConfigError, ExistsError, NotFoundError
 from hasten.core.files import expand_home
+from hasten.core.text import from_json
 
 HOME_VARIABLE = "HASTEN_HOME"
 SPEC, STATE = "spec.json", "state.json"
@@ -150,10 +151,10 @@ def read_json(path: Path, record: Path | None = None) -> dict[str, Any]:
     `record` holds the file and nothing of any other job, server or volume; it is the file itself if it is not given.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = from_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UnreadableError(path, str(error), record) from error
     if not isinstance(value, dict):
         raise UnreadableError(path, "it is not a JSON object", record)

@@ -1,6 +1,5 @@
 """Anthropic's Messages API: its routes, and their answers as blocks of text and of calls, whole or as events."""
 
-import json
 import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hasten.core.errors import HastenError
+from hasten.core.text import from_json
 from hasten.core.types import SamplingParams
 from hasten.server.anthropic.chat import CountRequest, MessagesRequest, as_chat
 from hasten.server.errors import MESSAGES_PATH, error_body
@@ -92,8 +92,8 @@ def _usage(usage: Usage) -> dict[str, int]:
 def _object(text: str) -> dict[str, Any]:
     """Arguments as the object that they must be; an empty one where they were cut, or are none."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = from_json(text)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hasten.core.sampling import KINDS
+from hasten.core.text import from_json
 from hasten.core.values import Kind
 from hasten.server.json_size import check_json_size
 from hasten.server.tokenizing import check_entries
@@ -18,7 +19,7 @@ _FLAGS = {"true": True, "false": False}
 
 def _loaded(text: str) -> Any:
     check_json_size(text.encode(errors="replace"))
-    return json.loads(text)
+    return from_json(text)
 
 
 _FROM_TEXT: Mapping[Kind, Callable[[str], Any]] = {
@@ -61,7 +62,7 @@ def sampling_options(raw: Mapping[str, Any], known: Mapping[str, str]) -> dict[s
             continue
         try:
             options[name] = _read(name, value)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise invalid(f"sampling parameter '{name}' must be {KINDS[name]}, got {value!r:.80}") from None
     check_entries(options)
     return options

@@ -23,6 +23,7 @@ from hasten.core.errors import ConfigError, InvalidRequestError
 from hasten.core.sampling import names_at
 from hasten.core.sampling_rules import Entrance
 from hasten.core.structured_outputs import ANY_OBJECT, CONSTRAINTS
+from hasten.core.text import from_json
 from hasten.core.types import FinishReason, SamplingParams
 from hasten.server.by_size import by_size
 from hasten.server.engine.ticket import Progress
@@ -111,10 +112,10 @@ def _params(work: Work, info: EngineInfo) -> SamplingParams:
 def _json(text: str) -> Mapping[str, Any]:
     try:
         check_json_size(text.encode())
-        raw = json.loads(text) if text.strip() else {}
+        raw = from_json(text) if text.strip() else {}
     except InvalidRequestError as error:
         raise invalid(f"input 'sampling_parameters' is not JSON that can be read: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise invalid(f"input 'sampling_parameters' is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise invalid("input 'sampling_parameters' must be a JSON object")

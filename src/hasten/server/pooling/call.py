@@ -73,7 +73,7 @@ class PoolingCall:
         *,
         name: str = "input",
     ) -> list[Result]:
-        """What is made of each text, or list of token ids; errors, which call them `name`, are those of TextReader."""
+        """The result of each text, or list of token ids; errors, which call them `name`, are those of TextReader."""
         self.info.check(params)
         reader = TextReader(self.client, params, name)
         return await self.results(await reader.prompts(prompts, before or Instruction()), params)

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from hasten.core.errors import InvalidRequestError
+from hasten.core.text import from_json
 from hasten.server.json_size import MAX_JSON_BYTES, check_json_size
 from hasten.server.protocol.shared_memory import BYTE_SIZE, OFFSET, REGION, Reader
 from hasten.server.protocol.tensors import (
@@ -104,8 +105,8 @@ def _decoded(body: bytes | memoryview) -> Any:
         # its clients write NaN and Infinity; lone surrogates are what only the lenient decoder lets through
         if (b"NaN" in text or b"Infinity" in text) and b"\\u" not in text:
             try:
-                return json.loads(text)
-            except (ValueError, RecursionError):
+                return from_json(text)
+            except ValueError:
                 pass
         raise invalid(f"failed to parse the request JSON buffer: {error}") from None
 

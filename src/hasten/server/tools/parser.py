@@ -4,11 +4,11 @@ JSON comes in pieces, of which the end of a value and the parts of an object tha
 character is looked at once, nothing recurses, and of a value that is passed on nothing is kept.
 """
 
-import json
 import re
 from collections.abc import Callable, Collection
 from typing import Any
 
+from hasten.core.text import from_json
 from hasten.server.tools.forms import ToolForm
 from hasten.server.tools.reader import SPACE, AnswerReader, BrokenOffError, Reading
 
@@ -145,8 +145,8 @@ class ToolParser(AnswerReader):
         text = "".join(parts)
         _require(most is None or len(text) <= most)
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return from_json(text)
+        except ValueError:
             raise BrokenOffError from None
 
     def _value(self, put: Callable[[str], None] = lambda _: None) -> Reading[None]:

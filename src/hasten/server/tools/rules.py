@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.core.errors import InvalidRequestError
+from hasten.core.text import from_json
 from hasten.engine.text import AddedToken
 
 _WHITESPACE = {"whitespace_pattern": " "}
@@ -41,8 +42,8 @@ class Marks:
 def json_rule(schema: str) -> str:
     """A value by a JSON schema, with little space in it."""
     try:
-        given = json.loads(schema)
-    except (ValueError, RecursionError) as error:
+        given = from_json(schema)
+    except ValueError as error:
         raise InvalidRequestError(f"json_schema cannot be compiled: {error}") from None
     options = given if isinstance(given, dict) else {}
     if given is False:
@@ -146,8 +147,8 @@ def json_argument(text: str, kinds_: frozenset[str]) -> str:
     if "boolean" in kinds_ and stripped in ("True", "False"):
         return stripped.lower()
     try:
-        kind = _kind(json.loads(stripped, parse_constant=_refuse))
-    except (ValueError, RecursionError):
+        kind = _kind(from_json(stripped, parse_constant=_refuse))
+    except ValueError:
         return json.dumps(text, ensure_ascii=False)
     fits = kind in kinds_ or (kind == "integer" and "number" in kinds_) or "string" not in kinds_
     return stripped if fits else json.dumps(text, ensure_ascii=False)
