@@ -120,7 +120,7 @@ def test_a_request_waits_for_one_piece_at_most(tiny_bloom: Path) -> None:
         llm.engine.prepare()
         for number in range(4):
             llm.engine.worker.runner.deferred.add(Piece("a graph", lambda number=number: done.append(str(number))))  # type: ignore[misc]
-        channel: Any = Reader(done, [Add(7, (5,), SHORT, stream=False)])
+        channel: Any = Reader(done, [Add(7, (5,), SHORT.given(), stream=False)])
         EngineLoop(llm.engine, channel, OutputCoalescer()).run()
     assert done == ["0", "1", "sent", "2", "3"]
     assert channel.waited

@@ -45,7 +45,7 @@ class Client:
         self.counters = ModelCounters()
         description = MemoryRepository(model_configs(EngineConfig.create(str(DEMO)))).describe("fastertransformer")
         assert description is not None
-        self.version = Version(description, 1, self.counters)
+        self.version = Version(description, 1, self.counters, lambda: None)
 
     async def submit(
         self, prompt: Sequence[int], params: SamplingParams, *, listener: Callable[[], None], **options: Any

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,7 +52,9 @@ def served(
 ) -> Reader:
     """A reader that has got 16 tokens of each of some requests."""
     params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
-    reader = Reader([Add(number, (number + 5,), params, stream=stream) for number in range(count)], acknowledges)
+    reader = Reader(
+        [Add(number, (number + 5,), params.given(), stream=stream) for number in range(count)], acknowledges
+    )
     channel: Any = reader
     EngineLoop(llm.engine, channel, coalescer).run()
     return reader
@@ -128,9 +131,9 @@ def test_pauses_are_doubled_while_text_flows(cpu_seconds: float, pause: float) -
 
 
 @pytest.mark.parametrize(
-    ("interval", "stream", "messages", "states"), [(1e9, False, 2, 2), (0.0, False, 17, 17), (1e9, True, 16, 2)]
+    ("interval", "stream", "messages", "states"), [(1e9, False, 1, 1), (0.0, False, 17, 17), (1e9, True, 16, 2)]
 )
-def test_state_alone_is_sent_where_it_is_old_and_where_requests_begin_or_end(
+def test_state_alone_is_sent_where_it_is_old_and_where_requests_end(
     demo_llm: LLM, monkeypatch: Any, interval: float, stream: bool, messages: int, states: int
 ) -> None:
     """And nothing is lost in between: the last message has the state of an idle engine, and all steps are counted."""
@@ -139,10 +142,18 @@ def test_state_alone_is_sent_where_it_is_old_and_where_requests_begin_or_end(
     steps = served(demo_llm, 1, lambda _: True, OutputCoalescer(), stream=stream).steps
     with_state = [step.stats for step in steps if step.stats is not None]
     assert (len(steps), len(with_state)) == (messages, states)
-    assert [step.stats.running for step in steps if step.stats is not None and step.started] == [1]
+    assert [step.stats is not None for step in steps if step.started] == [True]
     assert steps[-1].stats == demo_llm.engine.stats
     assert demo_llm.engine.stats.running == 0
     assert sum(len(step.computed) for step in steps) == demo_llm.engine.stats.steps - before == 16
+
+
+def test_that_requests_were_begun_is_told_at_once_where_no_place_is_left(tiny_bloom: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(process, "_STATE_S", 1e9)
+    with LLM(tiny_bloom, device="cpu", max_num_seqs=2) as llm:
+        steps = served(llm, 3, lambda _: True, OutputCoalescer(), stream=False).steps
+    assert [set(step.started) for step in steps if step.started] == [{0, 1}, {2}]
+    assert [len(step.outputs) for step in steps] == [0, 2, 1]
 
 
 def grown(number: int, count: int, *, finished: bool = False) -> RequestOutput:

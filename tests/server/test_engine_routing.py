@@ -51,7 +51,7 @@ def assigned(requests: RequestQueue) -> list[int]:
 
 def begin(each: Ticket, *, waiting: int = 0) -> None:
     assert each.engine is not None
-    each.engine.observe(Step(EngineStats(running=1, waiting=waiting, steps=1), started=[each.number]), 0.0)
+    each.engine.observe(Step(EngineStats(running=1, waiting=waiting, steps=1), started={each.number: 0.0}), 0.0)
 
 
 def test_a_prefix_is_all_tokens_of_whole_blocks_but_the_last_token() -> None:
@@ -207,7 +207,7 @@ def test_the_wait_is_the_shortest_of_engines_that_share_who_waits() -> None:
         for steps in range(40):
             for each in running:
                 assert each.engine is not None
-                step = Step(EngineStats(running=1, steps=steps), started=[each.number] if steps == 0 else [])
+                step = Step(EngineStats(running=1, steps=steps), started={each.number: 0.0} if steps == 0 else {})
                 each.engine.observe(step, steps * 0.01)
         for number in range(engines, engines + waiting):
             requests.put(Ticket(number, (1,), 1, bytearray(), 0, 100))

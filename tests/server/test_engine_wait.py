@@ -65,7 +65,7 @@ class PlayedEngine:
         ended = [run for run in self._running if run.left == 0]
         self._running = [run for run in self._running if run.left]
         stats = EngineStats(running=len(self._running), waiting=len(self._waiting), steps=self._steps)
-        self.engine.observe(Step(stats, started=[ticket.number for ticket in started], began=began), self.now)
+        self.engine.observe(Step(stats, started=dict.fromkeys((ticket.number for ticket in started), began)), self.now)
         for run in ended:
             self._end(run.ticket)
         self._waiting += self.queue.assign_next()

@@ -125,6 +125,20 @@ def test_hastens_log_goes_to_the_file_and_is_given_back(tmp_path: Path, capsys: 
     assert capsys.readouterr().err == ""
 
 
+def test_records_are_made_where_they_are_shown() -> None:
+    logs, log = LogSettings(stream=io.StringIO()), logging.getLogger("hasten.server.x")
+    logs.start()
+    try:
+        assert not log.isEnabledFor(logging.DEBUG)
+        logs.update({"log_verbose_level": 1})
+        assert log.isEnabledFor(logging.DEBUG)
+        logs.update({"log_verbose_level": 0})
+        assert not log.isEnabledFor(logging.DEBUG)
+    finally:
+        logs.stop()
+    assert log.getEffectiveLevel() == logging.getLogger().level
+
+
 def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot write the log to"):
         LogSettings(LogOptions(log_file=str(tmp_path / "no" / "log"))).start()

@@ -43,6 +43,8 @@ class Models:
         self.counters = Counters()
         self._engines = engines
 
+    changes = 0
+
     def check_open(self) -> None:
         pass
 

@@ -38,8 +38,8 @@ def bodies(frames: list[bytearray], piece: int) -> list[bytes]:
 def test_messages_arrive_however_the_bytes_are_cut(piece: int) -> None:
     messages = [
         Start(EngineConfig.create("somewhere", max_num_seqs=3, kv_cache_memory=2**40, block_size=4)),
-        Add(1, (5, 6), SamplingParams(stop=("a", "b"), stop_words_ids=[[1, 2]], seed=2**64 - 1, n=2), stream=True),
-        Add(2, (), SamplingParams(beam_width=4, length_penalty=0.5), stream=False),
+        Add(1, (5, 6), {"seed": 2**64 - 1, "n": 2}, stream=True),
+        Add(2, (), {"beam_width": 4, "length_penalty": 0.5}, stream=False),
         Acknowledge(3, 0.25),
     ]
     decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -49,7 +49,7 @@ def test_messages_arrive_however_the_bytes_are_cut(piece: int) -> None:
 def test_outputs_keep_their_types() -> None:
     top = {3: Logprob(-0.5, 1, " a"), 7: Logprob(float("-inf"), 1024, None)}
     delta = CompletionDelta(1, [3, 7], " a", [top, top], -1.0, FinishReason.STOP, "word")
-    step = Step(EngineStats(running=1, steps=9), [Output(4, [delta], True, [None, top])], [4], 1.5)
+    step = Step(EngineStats(running=1, steps=9), [Output(4, [delta], True, [None, top])], {4: 1.5})
     (body,) = bodies([framed(step)], 1000)
     again = msgspec.msgpack.Decoder(FromEngine).decode(body)
     assert again == step
@@ -66,18 +66,27 @@ def test_a_text_and_what_is_made_of_it() -> None:
     assert msgspec.msgpack.Decoder(FromEngine).decode(stepped) == step
 
 
-def test_numbers_of_numpy_are_taken() -> None:
-    params = SamplingParams(temperature=np.float32(0.5), top_p=np.float64(0.25))  # type: ignore[arg-type]
-    (body,) = bodies([framed(Add(1, (5,), params, stream=False))], 1000)
+def test_sampling_parameters_arrive_as_they_were() -> None:
+    words: dict[str, Any] = {"stop": ("a", "b"), "stop_words_ids": [[1, 2]], "allowed_token_ids": [3]}
+    params = SamplingParams(seed=2**64 - 1, n=2, logit_bias={5: -1.5}, **words)
+    (body,) = bodies([framed(Add(1, (5,), params.given(), stream=True))], 1000)
     again = msgspec.msgpack.Decoder(Add).decode(body)
     assert again.params is not None
-    assert (again.params.temperature, again.params.top_p) == (0.5, 0.25)
+    assert SamplingParams(**again.params) == params
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), top_p=np.float64(0.25))  # type: ignore[arg-type]
+    (body,) = bodies([framed(Add(1, (5,), params.given(), stream=False))], 1000)
+    again = msgspec.msgpack.Decoder(Add).decode(body)
+    assert again.params is not None
+    assert SamplingParams(**again.params) == SamplingParams(temperature=0.5, top_p=0.25)
 
 
 @pytest.mark.parametrize(
     ("message", "error"),
     [
-        (Add(1, (5,), SamplingParams(top_k=2**64), stream=False), OverflowError),
+        (Add(1, (5,), SamplingParams(top_k=2**64).given(), stream=False), OverflowError),
         (Refusal(1, "ConfigError", "\ud800"), ValueError),
     ],
 )

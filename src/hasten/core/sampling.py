@@ -283,13 +283,12 @@ class SamplingParams:
                 set_(self, name, value)
             set_(self, "structured_outputs", None)
         # A wrong type is refused here: met in the middle of a step, it would end the engine for all requests.
-        given = [name for name, default in DEFAULTS.items() if getattr(self, name) is not default]
-        for name in given:
-            value = getattr(self, name)
+        values, given = vars(self), self.given()
+        for name, value in given.items():
             if value is not None or name not in _OPTIONAL:
                 set_(self, name, KEPT[KINDS[name]](name, value))
         for name in given:
-            value, rule = getattr(self, name), RULES[name]
+            value, rule = values[name], RULES[name]
             if value is not None and rule.holds is not None and not rule.holds(value):
                 raise InvalidRequestError(f"{name} must {rule.wanted}, got {value}")
         most = self.max_tokens
@@ -299,8 +298,14 @@ class SamplingParams:
         self._check_constraints()
         self._check_beams()
 
+    def given(self) -> dict[str, Any]:
+        """The parameters that are not left at their defaults, by name."""
+        values = vars(self)
+        return {name: values[name] for name, default in DEFAULTS.items() if values[name] is not default}
+
     def _check_constraints(self) -> None:
-        given = [name for name in CONSTRAINTS if getattr(self, name)]
+        values = vars(self)
+        given = [name for name in CONSTRAINTS if values[name]]
         if len(given) > 1:
             names = ", ".join(CONSTRAINTS)
             raise InvalidRequestError(f"at most one of {names} may be given, got {' and '.join(given)}")

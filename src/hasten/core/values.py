@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from enum import StrEnum
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -124,26 +124,32 @@ _Params = TypeVar("_Params", bound=type[Any])
 
 
 def with_known_names(instead: Mapping[str, str]) -> Callable[[_Params], _Params]:
-    """Let a dataclass refuse unknown arguments by name, not by a TypeError; `instead` says what to use for some.
+    """Let a dataclass of parameters, all with defaults, refuse unknown arguments by name, not by a TypeError; `instead`
+    says what to use for some.
 
     Of those that it names None is accepted: it asks for nothing.
     """
 
     def decorate(kind: _Params) -> _Params:
-        original, known = kind.__init__, [field.name for field in fields(kind)]
+        every = fields(kind)
+        known = {field.name: field.default for field in every}
+        factories = {field.name: field.default_factory for field in every if field.default_factory is not MISSING}
 
-        @functools.wraps(original)
+        @functools.wraps(kind.__init__)
         def init(self: Any, *args: Any, **options: Any) -> None:
-            require(not args, f"{kind.__name__} takes its parameters by name, got {', '.join(map(repr, args)):.80}")
-            options = {name: value for name, value in options.items() if value is not None or name not in instead}
-            for name in options:
-                if name not in known:
-                    near = difflib.get_close_matches(name, known, 1)
-                    hint = instead.get(name) or (
-                        f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-                    )
-                    raise InvalidRequestError(f"{name} is not a parameter of {kind.__name__}: {hint}")
-            original(self, **options)
+            if args:
+                shown = ", ".join(map(repr, args))
+                raise InvalidRequestError(f"{kind.__name__} takes its parameters by name, got {shown:.80}")
+            for name in options.keys() - known.keys():
+                if options.pop(name) is None and name in instead:
+                    continue
+                near = difflib.get_close_matches(name, known, 1)
+                hint = instead.get(name) or (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+                raise InvalidRequestError(f"{name} is not a parameter of {kind.__name__}: {hint}")
+            # a frozen dataclass would set its fields one by one, which takes three times as long
+            vars(self).update(known, **{name: make() for name, make in factories.items()})
+            vars(self).update(options)
+            self.__post_init__()
 
         kind.__init__ = init
         return kind

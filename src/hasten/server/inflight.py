@@ -52,9 +52,9 @@ class Claim:
 
     def check(self, size: int) -> None:
         """ServiceError where there is no room for a request of this size in bytes."""
-        counted = max(0, size - SMALL)
-        self._inflight.hold(counted)
-        self._inflight.hold(-counted)
+        if (counted := max(0, size - SMALL)) > 0:
+            self._inflight.hold(counted)
+            self._inflight.hold(-counted)
 
     def grow(self, size: int) -> None:
         """Hold more bytes. ServiceError where all requests together have too many; may be called from any thread.
@@ -65,14 +65,16 @@ class Claim:
             if self._released:
                 raise ServiceError(ErrorKind.CANCELLED, "the request was given up")
             counted = max(0, self._bytes + size - SMALL) - self._counted
-            self._inflight.hold(counted)
+            if counted:
+                self._inflight.hold(counted)
             self._bytes, self._counted = self._bytes + size, self._counted + counted
 
     def release(self) -> None:
         """Hold nothing any more, for good."""
         with self._lock:
             self._released = True
-            self._inflight.hold(-self._counted)
+            if self._counted:
+                self._inflight.hold(-self._counted)
             self._bytes = self._counted = 0
 
     def __enter__(self) -> "Claim":

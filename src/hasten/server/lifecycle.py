@@ -48,7 +48,11 @@ class Registry:
         self._counters = counters
         self._start_engine = start_engine
         self._limits = limits
+        self.changes = 0
+        """How often it has changed what serves."""
         self._models: dict[str, dict[int, Version]] = {}
+        self._found: dict[tuple[str, int], Version] = {}
+        """What `find` gave since the last change."""
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._requested: set[str] = set()
         """Models that were loaded for their own sake and not for another's."""
@@ -69,8 +73,17 @@ class Registry:
         """Those that take requests."""
         return filter(self.serves, self.versions())
 
+    def _on_change(self) -> None:
+        self.changes += 1
+        self._found.clear()
+
     def find(self, name: str, version: int = -1) -> Version:
         """The version that serves, -1 for the newest; ServiceError with Triton's text where there is none."""
+        if (known := self._found.get((name, version))) is None:
+            known = self._found[name, version] = self._look_up(name, version)
+        return known
+
+    def _look_up(self, name: str, version: int) -> Version:
         numbers = self._models.get(name)
         unknown = f"Request for unknown model: '{name}'"
         if not numbers:
@@ -256,7 +269,8 @@ class Registry:
         """Start the versions of a description, then let them take the place of those that serve."""
         name, known = description.name, self._models.setdefault(description.name, {})
         new = {
-            number: Version(description, number, self._counters[name, str(number)]) for number in description.versions
+            number: Version(description, number, self._counters[name, str(number)], self._on_change)
+            for number in description.versions
         }
         serving = [version for version in known.values() if version.state is State.READY]
         known |= {number: version for number, version in new.items() if known.get(number) not in serving}
@@ -274,6 +288,7 @@ class Registry:
         except HastenError as error:
             raise load_error(name, new.values()) from error
         known |= new
+        self._on_change()
         for version in serving:
             if version.state is State.READY:
                 self._retire(version)

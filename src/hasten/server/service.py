@@ -219,6 +219,11 @@ class Service:
                 raise
             return False
 
+    @property
+    def changes(self) -> int:
+        """How often it has changed which models serve."""
+        return self._registry.changes
+
     def engines(self) -> Mapping[tuple[str, str], EngineClient]:
         """The engines of the models that serve, by model and version."""
         pairs = ((each, each.model.engine) for each in self._registry.serving())

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -41,14 +41,18 @@ class State(StrEnum):
 class Version:
     """One version of a model. What began before its end goes on to its own."""
 
-    def __init__(self, description: Description, number: int, counters: ModelCounters) -> None:
+    def __init__(
+        self, description: Description, number: int, counters: ModelCounters, on_change: Callable[[], None]
+    ) -> None:
+        """`on_change` is called whenever it may serve, or no longer."""
         self.name = description.name
         self.number = number
         self.config = description.config
         self.description = description
         self.dependencies = dependencies(description)
         """The models that it needs, and which version of each, -1 for the newest."""
-        self.state = State.LOADING
+        self._on_change = on_change
+        self._state = State.LOADING
         self.reason = ""
         """Why it is not available."""
         self._rules = Rules(description.config, number)
@@ -57,6 +61,16 @@ class Version:
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
+
+    @property
+    def state(self) -> State:
+        """Where it stands."""
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._state = state
+        self._on_change()
 
     @property
     def model(self) -> Model:

@@ -192,9 +192,12 @@ class AssignedRequests:
         if step.stats is None:
             return
         self._on_change()
-        begun = [ticket for number in step.started if (ticket := self._tickets.get(number)) is not None]
-        for ticket in begun:
-            ticket.begin(step.began, step.stats.steps)
+        begun = list[Ticket]()
+        for number, at in step.started.items():
+            if (ticket := self._tickets.get(number)) is None:
+                continue
+            begun.append(ticket)
+            ticket.begin(at, step.stats.steps)
             self._begun += ticket.width
             self.tokens_ahead -= ticket.to_compute
         holds_back = step.stats.waiting > self._compiling and self._begun < self._slots

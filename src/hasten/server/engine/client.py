@@ -6,14 +6,13 @@ Imports no torch. A request waits here, by priority and arrival, until an engine
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hasten.core.config import EngineConfig
 from hasten.core.cpus import available_cpus
 from hasten.core.errors import ConfigError, EngineError, HastenError
-from hasten.core.types import FinishReason, Request, SamplingParams
+from hasten.core.types import FinishReason, PoolingParams, Request, SamplingParams
 from hasten.engine.stats import EngineStats
 from hasten.engine.text import Tokenizer
 from hasten.server.engine.counters import LanguageCounters
@@ -49,6 +48,20 @@ def _check_engines(count: int) -> None:
 
 class EngineClosedError(EngineError):
     """The engine takes no requests any more: it is being drained, or is closed."""
+
+
+class _Refusals:
+    """See `EngineClient.counting_refusals`."""
+
+    def __init__(self, count: Callable[[QueueError, int], object], priority: int) -> None:
+        self._count, self._priority = count, priority
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, QueueError):
+            self._count(error, self._priority)
 
 
 class EngineClient(Intake):
@@ -139,11 +152,10 @@ class EngineClient(Intake):
         requests are taken. The ticket raises these too, and EngineError where the process died.
         """
         self._check(params)
-        self.check_wait(queueing)
         with self.counting_refusals(queueing.priority):
+            self._check_wait(queueing)
             ticket = await self._ticket(prompt, params, queueing, stream=stream)
-        attach(ticket, params)
-        self._put(ticket, queueing.timeout, listener)
+            self._put(ticket, params, queueing, listener)
         return ticket
 
     async def submit_text(
@@ -152,10 +164,10 @@ class EngineClient(Intake):
         """Queue a text of which a vector or scores are to be made, as `request.pooling` says; else as `submit`."""
         assert request.pooling is not None, "it says what to make of the text"
         self.info.check_task(request.pooling)
-        self.check_wait(queueing)
-        ticket = await self._text_ticket(request, queueing)
-        attach(ticket, request.pooling)
-        self._put(ticket, queueing.timeout, listener)
+        with self.counting_refusals(queueing.priority):
+            self._check_wait(queueing)
+            ticket = await self._text_ticket(request, queueing)
+            self._put(ticket, request.pooling, queueing, listener)
         return ticket
 
     def estimated_wait(self, priority: int = 0) -> float | None:
@@ -165,19 +177,18 @@ class EngineClient(Intake):
     def check_wait(self, queueing: Queueing) -> None:
         """QueueWaitError where a request would have to wait for longer than it may: to refuse it before any work."""
         with self.counting_refusals(queueing.priority):
-            self._queue.check_wait(queueing.priority, self._timeout(queueing.timeout))
+            self._check_wait(queueing)
+
+    def _check_wait(self, queueing: Queueing) -> None:
+        self._queue.check_wait(queueing.priority, self._timeout(queueing.timeout))
 
     def _timeout(self, queue_timeout: float | None) -> float:
         """Seconds that a request may wait, 0 for ever: the least of its own limit and the engine's."""
         return min(filter(None, (queue_timeout, self._limits.default_timeout)), default=0.0)
 
-    @contextmanager
-    def counting_refusals(self, priority: int = 0) -> Iterator[None]:
+    def counting_refusals(self, priority: int = 0) -> "_Refusals":
         """Whatever works for a request of this engine: QueueErrors of it are counted, and say when to try again."""
-        try:
-            yield
-        except QueueError as error:
-            raise self._refusal(error, priority) from None
+        return _Refusals(self._refusal, priority)
 
     def _refusal(self, error: QueueError, priority: int) -> QueueError:
         """An error of the queue, counted, with what its client should know."""
@@ -200,12 +211,18 @@ class EngineClient(Intake):
         with self.counting_refusals():
             return await self._encode(texts, add_special_tokens=add_special_tokens, tokenizer=tokenizer)
 
-    def _put(self, ticket: Ticket, queue_timeout: float | None, listener: Callable[[], None] | None) -> None:
+    def _put(
+        self,
+        ticket: Ticket,
+        params: SamplingParams | PoolingParams,
+        queueing: Queueing,
+        listener: Callable[[], None] | None,
+    ) -> None:
         if self._draining:
             raise EngineClosedError(f"engine {self.name} takes no new requests: it is about to end")
-        ticket.timeout, ticket.listener = self._timeout(queue_timeout), listener
-        with self.counting_refusals(ticket.priority):
-            self._queue.put(ticket)
+        attach(ticket, params)
+        ticket.timeout, ticket.listener = self._timeout(queueing.timeout), listener
+        self._queue.put(ticket)
         self._idle.clear()
         if ticket.timeout:
             ticket.timer = asyncio.get_running_loop().call_later(ticket.timeout, self._expire, ticket)
@@ -233,9 +250,10 @@ class EngineClient(Intake):
 
     def withdraw(self, ticket: Ticket) -> None:
         """Forget a request wherever it stands; one that has ended is forgotten already."""
-        if not ticket.ended:
-            ticket.ended = True
-            self._count_end(ticket, 0 if ticket.engine is None else ticket.engine.index, FinishReason.ABORT)
+        if ticket.ended:
+            return
+        ticket.ended = True
+        self._count_end(ticket, 0 if ticket.engine is None else ticket.engine.index, FinishReason.ABORT)
         engine = self._queue.remove(ticket)
         if engine is not None:
             self.replicas[engine.index].abort(ticket)

@@ -103,7 +103,7 @@ class Intake:
         check_prompt_logprobs(len(tokens), params.prompt_logprobs, info.vocab_size)
         params = await self._without_words(params)
         number = self._next_number(queueing.priority)
-        frame = _frame(Add(number, tokens, params, stream, cache_salt=salt))
+        frame = _frame(Add(number, tokens, params.given(), stream, cache_salt=salt))
         most = params.max_length(len(tokens), info.max_model_len) - len(tokens)
         width = max(params.n, params.beam_width)
         prefixes = self._prefixes(tokens, params, salt)

@@ -133,7 +133,7 @@ class EngineLoop:
         self._next = Step()
         """What the server does not know: the next message to it."""
         self._not_begun: set[str] = set()
-        self._compiling: dict[int, tuple[Add, Future[Grammar]]] = {}
+        self._compiling: dict[int, tuple[Add, SamplingParams, Future[Grammar]]] = {}
         """Requests that wait for their grammar: they are not the engine's yet."""
         self._state_sent = 0.0
         """When the server last heard of the engine's state."""
@@ -171,34 +171,34 @@ class EngineLoop:
 
     def _add(self, message: Add) -> None:
         """Give the engine a request, at once or when its grammar is compiled."""
-        future = None if message.params is None else self._engine.grammars.compile(message.params)
+        params = _NO_SAMPLING if message.params is None else SamplingParams(**message.params)
+        future = self._engine.grammars.compile(params)
         self._not_begun.add(str(message.id))
         if future is None or future.done():
-            self._admit(message, future)
+            self._admit(message, params, future)
             return
-        assert message.params is not None, "it has a grammar"
         if len(self._compiling) >= _MOST_COMPILING:
-            self._engine.grammars.withdraw(message.params)
+            self._engine.grammars.withdraw(params)
             self._refuse(message.id, EngineError(f"{_MOST_COMPILING} requests wait for their grammars already"))
             return
-        self._compiling[message.id] = (message, future)
+        self._compiling[message.id] = (message, params, future)
         self._next.compiling.append(message.id)
         future.add_done_callback(lambda _: self._channel.wake())
 
     def _admit_compiled(self) -> None:
-        for number, (message, future) in list(self._compiling.items()):
+        for number, (message, params, future) in list(self._compiling.items()):
             if future.done():
                 self._changed = True
                 del self._compiling[number]
                 self._next.compiled.append(number)
-                self._admit(message, future)
+                self._admit(message, params, future)
 
-    def _admit(self, message: Add, grammar: "Future[Grammar] | None") -> None:
+    def _admit(self, message: Add, params: SamplingParams, grammar: "Future[Grammar] | None") -> None:
         request_id = str(message.id)
         request = Request(
             request_id=request_id,
             prompt_token_ids=message.prompt_token_ids,
-            params=message.params or _NO_SAMPLING,
+            params=params,
             pooling=message.pooling,
             token_type_ids=message.token_type_ids,
             skipped_tokens=message.skipped_tokens,
@@ -224,14 +224,13 @@ class EngineLoop:
         if waiting is None:
             self._engine.abort(str(number))
             self._coalescer.forget(number)
-        elif (params := waiting[0].params) is not None:
-            self._engine.grammars.withdraw(params)
+        else:
+            self._engine.grammars.withdraw(waiting[1])
         self._not_begun.discard(str(number))
 
     def _step(self) -> None:
         """Compute a step."""
-        self._next.began = time.monotonic()
-        tally = self._engine.tally
+        began, tally = time.monotonic(), self._engine.tally
         computed, continued = tally.computed, tally.generated - tally.first
         for state in self._engine.advance():
             self._coalescer.put(int(state.request.request_id), state.shown, finished=state.unfinished == 0)
@@ -239,7 +238,7 @@ class EngineLoop:
         if self._not_begun:
             started = self._not_begun - self._engine.waiting - set(map(str, self._compiling))
             self._not_begun -= started
-            self._next.started += map(int, started)
+            self._next.started |= dict.fromkeys(map(int, started), began)
         self._changed = True
 
     def _note(self, tokens: int, continued: int) -> None:
@@ -252,18 +251,20 @@ class EngineLoop:
     def _send(self) -> None:
         """Send what the server should know now.
 
-        State alone can wait: a message costs as much as a third of a short step. It goes with whatever begins or ends
-        a request, and when there is nothing more to compute, so that what the server knows is never old for long.
+        State alone can wait: a message costs as much as a third of a short step. It goes with whatever ends a request,
+        and when there is nothing more to compute, so that what the server knows is never old for long. So can that
+        requests were begun, while none waits for a place: those of a burst begin in several steps.
         """
         now, step = time.monotonic(), self._next
         idle = not self._engine.has_unfinished
-        events = step.started or step.refused or step.expired or step.compiling or step.compiled
+        filled = self._not_begun or len(self._engine.scheduler.running) >= self._engine.scheduler.config.max_num_seqs
+        events = (step.started and filled) or step.refused or step.expired or step.compiling or step.compiled
         if not (idle or events or self._coalescer.has_news or now - self._state_sent > _STATE_S):
             return
         everything = idle or self._coalescer.is_due(now)
         outputs = self._coalescer.take(everything=everything)
         is_old = now - self._state_sent > (_STATE_S if everything else _HEARTBEAT_S)
-        with_state = bool(idle or events or is_old or any(output.finished for output in outputs))
+        with_state = bool(idle or step.started or events or is_old or any(output.finished for output in outputs))
         if not (outputs or with_state):
             return
         step.stats = self._state() if with_state else None
@@ -272,7 +273,7 @@ class EngineLoop:
         self._coalescer.sent()
         if with_state:
             self._state_sent = now
-        self._next = Step(began=step.began)
+        self._next = Step()
         self._changed = not everything or self._coalescer.goes_on
 
     def _state(self) -> EngineStats:

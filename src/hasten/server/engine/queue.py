@@ -112,7 +112,7 @@ class RequestQueue:
 
         QueueFullError where it would have to wait and no more may, QueueWaitError where it would wait for too long.
         """
-        if self._waiting or not _fitting(self._takers() or self.engines, ticket):
+        if self._waiting or not any(engine.fits(ticket.width) for engine in self._takers() or self.engines):
             self._check_room(ticket)
         self.check_wait(ticket.priority, ticket.timeout)
         self._insert(ticket)
@@ -169,7 +169,8 @@ class RequestQueue:
         engines = self._takers() if self._waiting else []
         while self._waiting and (with_room := [engine for engine in engines if engine.has_room]):
             ticket = self._waiting[0]
-            engine = choose(ticket, _fitting(with_room, ticket) or with_room)
+            fitting = [engine for engine in with_room if engine.fits(ticket.width)]
+            engine = choose(ticket, fitting or with_room)
             del self._waiting[0]
             self._waiting_bytes -= len(ticket.frame)
             engine.assign(ticket)
@@ -194,11 +195,6 @@ class RequestQueue:
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         self._estimates.clear()
         return [*(ticket for engine in self.engines for ticket in engine.take_all()), *waiting]
-
-
-def _fitting(engines: list[AssignedRequests], ticket: Ticket) -> list[AssignedRequests]:
-    """The engines that have places for a request now."""
-    return [engine for engine in engines if engine.fits(ticket.width)]
 
 
 def _order(ticket: Ticket) -> tuple[float, int]:

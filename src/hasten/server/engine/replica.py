@@ -88,22 +88,19 @@ class Replica:
         self.requests.heard = time.monotonic()
         self._set_stalled(False)
         first, others = dict[Ticket, None](), dict[Ticket, None]()
+        counters = self._owner.counters.of(self.requests.index)
         for step in steps:
-            self._take_changes(step)
+            self._take_changes(step, counters)
             for output in step.outputs:
                 if (ticket := self.requests.get(output.id)) is not None:
                     (others if ticket.has_output else first)[ticket] = None
-                    self._take_output(ticket, output, step.sent)
+                    self._take_output(ticket, output, step.sent, counters)
         for ticket in (*first, *others):
             ticket.wake()
 
-    @property
-    def _counters(self) -> EngineCounters:
-        return self._owner.counters.of(self.requests.index)
-
-    def _take_output(self, ticket: Ticket, output: Output, now: float) -> None:
+    def _take_output(self, ticket: Ticket, output: Output, now: float, counters: EngineCounters) -> None:
         """Keep what came of a request, and count it; `now`: when the engine sent it."""
-        counters, is_first, tokens = self._counters, not ticket.has_output, ticket.tokens
+        is_first, tokens = not ticket.has_output, ticket.tokens
         ticket.push(output)
         if is_first:
             counters.begin(ticket)
@@ -116,14 +113,14 @@ class Replica:
             self.requests.finish(ticket)
             self._owner.engine_changed()
 
-    def _take_changes(self, step: Step) -> None:
+    def _take_changes(self, step: Step, counters: EngineCounters) -> None:
         """Note which requests were begun, have to wait for their grammars, or are none any more."""
         requests = self.requests
         self._now = step.stats or self._now
         for computed in step.computed:
-            self._counters.step(computed)
+            counters.step(computed)
         if step.blocks is not None:
-            self._counters.watch(step.blocks)
+            counters.watch(step.blocks)
         for numbers, compiling in ((step.compiling, True), (step.compiled, False)):
             for number in numbers:
                 if (ticket := requests.get(number)) is not None:

@@ -111,7 +111,7 @@ class Ticket:
     begun: float | None = None
     """When the engine began to compute it."""
     begun_step: int = 0
-    """The engine's count of steps at that time."""
+    """The engine's count of steps when the server heard of it."""
     tokens: int = 0
     """That have come, of all its completions."""
     has_output: bool = False

@@ -124,8 +124,8 @@ class Add(msgspec.Struct, tag=True):
 
     id: int
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams | None
-    """None of a text of which a vector or scores are to be made."""
+    params: dict[str, Any] | None
+    """Those of SamplingParams that are not at their defaults; None of a text that a vector or scores are made of."""
     stream: bool
     pooling: PoolingParams | None = None
     token_type_ids: tuple[int, ...] = ()
@@ -181,7 +181,7 @@ class FirstToken(msgspec.Struct, array_like=True, gc=False):
     """What is known of a request once it has a token."""
 
     at: float
-    """When that was, on the clock of `Step.began`."""
+    """When that was, on the clock of `time.monotonic`, which all processes of a machine share."""
     cached_tokens: int
     """Tokens of the prompt that were in the prefix cache."""
 
@@ -226,10 +226,8 @@ class Step(msgspec.Struct, tag=True):
     stats: EngineStats | None = None
     """Its state, where that is new: with every message but those that bring running requests further in short steps."""
     outputs: list[Output] = []
-    started: list[int] = []
-    """Requests that this turn began to compute."""
-    began: float = 0.0
-    """When it began, on the clock of `time.monotonic`, which all processes of a machine share."""
+    started: dict[int, float] = {}
+    """Requests that were begun since the last message, and when their steps began, on the clock of `FirstToken.at`."""
     refused: list[Refusal] = []
     expired: list[int] = []
     """Requests that are withdrawn because they were not begun in time."""

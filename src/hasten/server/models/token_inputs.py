@@ -13,7 +13,7 @@ names: a grammar, `logit_bias`, `min_p` and others, lists and objects as JSON.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ PARAMETERS = {name: name for name in _NAMES if Entrance.TOKEN not in RULES[name]
 """Sampling parameters that FasterTransformer has no input for: those of the request hold for its whole batch."""
 _INPUT_NAMES = {ours: theirs for ours, theirs in _NAMES.items() if ours != theirs}
 """What the engine calls a parameter, and the input that it comes from."""
+_AS_THEY_ARE = [(ours, _NAMES[ours]) for ours in ("max_tokens", "min_tokens", "repetition_penalty", "presence_penalty")]
+"""Parameters that are the input's value, and the engine's own default without it."""
 _PARAMETER = re.compile(rf"\b({'|'.join(_INPUT_NAMES)})\b")
 _NOT_SUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "is_return_context_embeddings": (lambda value: bool(value), "context embeddings are not returned"),
@@ -147,10 +149,10 @@ def _wrong(index: int, name: str, problem: str, kind: ErrorKind = ErrorKind.INVA
 
 
 def _refuse_unsupported(columns: _Columns) -> None:
+    given = [(name, *rule) for name, rule in _NOT_SUPPORTED.items() if name in columns.inputs]
     for index in range(columns.batch_size):
-        for name, (asks, reason) in _NOT_SUPPORTED.items():
-            value = columns.get(name, index)
-            if value is not None and asks(value):
+        for name, asks, reason in given:
+            if asks(value := columns.get(name, index)):
                 problem = f"is {value}, which is not supported: {reason}; leave it out"
                 raise _wrong(index, name, problem, ErrorKind.UNSUPPORTED)
         least = columns.get("top_p_min", index, 0.0)
@@ -170,10 +172,7 @@ def _item(
     end_id = columns.get("end_id", index)
     options: dict[str, Any] = {
         **common,
-        "max_tokens": columns.get("request_output_len", index),
-        "min_tokens": columns.get("min_length", index, 0),
-        "repetition_penalty": columns.get("repetition_penalty", index, 1.0),
-        "presence_penalty": columns.get("presence_penalty", index, 0.0),
+        **{ours: columns.get(theirs, index) for ours, theirs in _AS_THEY_ARE if theirs in columns.inputs},
         "stop_words_ids": _words(columns, "stop_words_list", index, info),
         "bad_words_ids": _words(columns, "bad_words_list", index, info),
         "seed": columns.get("random_seed", index, 0),
@@ -211,14 +210,13 @@ def _choice(columns: _Columns, index: int, log_probs: bool) -> dict[str, Any]:
     temperature = columns.get("temperature", index, 1.0)
     if not temperature >= 0:
         raise _wrong(index, "temperature", f"must not be negative, got {temperature}")
-    penalty = columns.get("len_penalty", index, 0.0)
-    return {
-        **sampling(top_k, top_p, temperature),
-        # without beams there is nothing to compare: both values of nothing, FasterTransformer's and the engine's
-        "length_penalty": 1.0 if penalty == 0 else penalty,
-        "beam_search_diversity_rate": columns.get("beam_search_diversity_rate", index, 0.0),
-        "logprobs": 0 if log_probs else None,
-    }
+    options = sampling(top_k, top_p, temperature) | {"logprobs": 0 if log_probs else None}
+    # without beams there is nothing to compare: both values of nothing, FasterTransformer's and the engine's
+    if (penalty := columns.get("len_penalty", index, 0.0)) != 0:
+        options["length_penalty"] = penalty
+    if "beam_search_diversity_rate" in columns.inputs:
+        options["beam_search_diversity_rate"] = columns.get("beam_search_diversity_rate", index)
+    return options
 
 
 def _beams(columns: _Columns, index: int, beam_width: int) -> dict[str, Any]:
@@ -263,11 +261,11 @@ def _prompt(columns: _Columns, index: int, info: EngineInfo) -> list[int]:
     return prompt
 
 
-def _words(columns: _Columns, name: str, index: int, info: EngineInfo) -> list[list[int]]:
+def _words(columns: _Columns, name: str, index: int, info: EngineInfo) -> Sequence[list[int]]:
     """Words as runs of tokens: row 0 has them end to end, row 1 where each ends, then -1."""
     tensor = columns.inputs.get(name)
     if tensor is None:
-        return []
+        return ()
     if tensor.data.shape[-1] > _MOST_WORDS_TOKENS:
         raise _wrong(index, name, f"has {tensor.data.shape[-1]} tokens; the limit is {_MOST_WORDS_TOKENS}")
     ids, ends = tensor.data[index].tolist()

@@ -41,7 +41,8 @@ class Rules:
         self._version = str(version)
         self._may_add_batch = kind_of(config) in TEXT_KINDS
         """Whether inputs may have a batch axis of 1 although the model has none: TensorRT-LLM's clients send one."""
-        self.inputs = {tensor.name: tensor for tensor in config.input}
+        self.inputs = {tensor.name: (datatype_name(tensor.data_type), tuple(tensor.dims)) for tensor in config.input}
+        """Data types and shapes, without the batch axis, -1 for any size."""
         self.outputs = [tensor.name for tensor in config.output]
         self.max_batch_size = config.max_batch_size
         self._required = [tensor.name for tensor in config.input if not tensor.optional]
@@ -60,11 +61,12 @@ class Rules:
                 raise invalid(f"output '{output.name}' already exists in request")
             if output.name not in self.outputs:
                 raise invalid(f"unexpected inference output '{output.name}' for model '{self.name}'")
-        self._check_count(inputs, about(request.id))
+        prefix = about(request.id)
+        self._check_count(inputs, prefix)
         added = self._may_add_batch and self._has_unit_batch(inputs)
         if added:
             inputs = {name: _without_batch(tensor) for name, tensor in inputs.items()}
-        batch_size = self._check_inputs(inputs, about(request.id))
+        batch_size = self._check_inputs(inputs, prefix)
         return Work(
             id=request.id,
             model=self.name,
@@ -86,7 +88,7 @@ class Rules:
 
     def _has_unit_batch(self, inputs: Mapping[str, Tensor]) -> bool:
         return all(
-            name in self.inputs and tensor.shape[:1] == (1,) and len(tensor.shape) == 1 + len(self.inputs[name].dims)
+            name in self.inputs and tensor.shape[:1] == (1,) and len(tensor.shape) == 1 + len(self.inputs[name][1])
             for name, tensor in inputs.items()
         )
 
@@ -134,8 +136,7 @@ class Rules:
         return batch
 
     def _check_tensor(self, tensor: Tensor, prefix: str) -> None:
-        rule = self.inputs[tensor.name]
-        wanted = datatype_name(rule.data_type)
+        wanted, dims = self.inputs[tensor.name]
         if tensor.datatype != wanted:
             found = tensor.datatype if tensor.datatype in NUMPY else "<invalid>"
             raise invalid(
@@ -143,13 +144,14 @@ class Rules:
                 f"expects '{wanted}'"
             )
         shape = tensor.shape[1:] if self.max_batch_size else tensor.shape
-        if len(shape) == len(rule.dims) and -1 in shape:
+        fits = len(shape) == len(dims)
+        if fits and -1 in shape:
             where = f"input '{tensor.name}' for model '{self.name}', got [{_joined(tensor.shape)}]"
             raise invalid(f"{prefix}All input dimensions should be specified for {where}")
-        if len(shape) != len(rule.dims) or any(
-            dim not in (-1, size) or size < 0 for size, dim in zip(shape, rule.dims, strict=True)
-        ):
-            full = [-1, *rule.dims] if self.max_batch_size else rule.dims
+        for size, dim in zip(shape, dims, strict=False):
+            fits = fits and size >= 0 and dim in (-1, size)
+        if not fits:
+            full = [-1, *dims] if self.max_batch_size else dims
             raise invalid(
                 f"{prefix}unexpected shape for input '{tensor.name}' for model '{self.name}'. Expected "
                 f"[{_joined(full)}], got [{_joined(tensor.shape)}]. {_NOTE if self.max_batch_size else ''}"

@@ -1,6 +1,5 @@
 """Which models OpenAI's API has: every engine by the name of its token model, and by those of its text models."""
 
-import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -64,8 +63,9 @@ class ModelFinder:
 
     def __init__(self, service: "Service") -> None:
         self._service = service
-        self._serving: _Serving | None = None
-        """Of this turn of the event loop."""
+        self._serving: _Serving = {}
+        self._as_of = -1
+        """The service's count of changes at that time."""
 
     def names(self) -> list[str]:
         """All names."""
@@ -111,13 +111,10 @@ class ModelFinder:
         return next(iter(serving), "")
 
     def _served(self) -> _Serving:
-        """What serves now. All requests that come in one turn of the event loop share it: they come in bursts."""
-        if self._serving is None:
+        """What serves now."""
+        if self._as_of != self._service.changes:
             engines = self._service.engines()
             by_id = models_by_id(engines, self._service.text_models())
             self._serving = {name: (key, engines[key]) for name, key in by_id.items()}
-            asyncio.get_running_loop().call_soon(self._forget)
+            self._as_of = self._service.changes
         return self._serving
-
-    def _forget(self) -> None:
-        self._serving = None

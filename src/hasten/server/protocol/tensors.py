@@ -53,10 +53,10 @@ def about(request_id: str) -> str:
 
 def elements(name: str, shape: Sequence[int]) -> int:
     """Number of elements of an input; INVALID for a shape that no tensor has."""
-    if len(shape) > _MOST_DIMENSIONS or not all(0 <= size < _LARGEST_DIMENSION for size in shape):
+    if shape and (len(shape) > _MOST_DIMENSIONS or not 0 <= min(shape) <= max(shape) < _LARGEST_DIMENSION):
         text = ",".join(map(str, shape[:_MOST_DIMENSIONS]))
         raise invalid(f"invalid shape [{text}] for input '{name}': dimensions must be from 0 to {_LARGEST_DIMENSION}")
-    if math.prod(size for size in shape if size) > _MOST_ELEMENTS:  # numpy multiplies them without the zeros
+    if math.prod(filter(None, shape)) > _MOST_ELEMENTS:  # numpy multiplies them without the zeros
         raise invalid(f"invalid shape [{','.join(map(str, shape))}] for input '{name}': too many elements")
     return math.prod(shape)
 
@@ -98,7 +98,8 @@ def from_bytes(
     name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview, *, model: str, request_id: str
 ) -> Tensor:
     """A tensor over `raw`, without a copy but for BYTES."""
-    dtype, count, shape = dtype_of(name, datatype), elements(name, shape), tuple(shape)
+    shape = tuple(shape)
+    dtype, count = dtype_of(name, datatype), elements(name, shape)
     if dtype.hasobject:
         check_texts(min(count, len(raw) // _LENGTH.size))
         texts = _strings(name, raw, count, model=model, request_id=request_id)
