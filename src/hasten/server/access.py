@@ -9,7 +9,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -76,7 +76,7 @@ class AccessLog:
                 return
             status, headers = CLIENT_GONE, scope["headers"]
             found = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers if key in _HEADERS}
-            api, path = _api(scope["path"]), quote(scope["path"], safe="/:")[:_LONGEST_PATH]
+            api, path = _api_and_name(scope["path"])
             call = self.begin(api, f"{scope['method']} {path}", found)
 
             async def answer(message: Message) -> None:
@@ -133,8 +133,13 @@ def _log_call(level: int, call: Call, name: str, status: str) -> None:
     _log.log(level, text, name, status, milliseconds, call.request_id, shown, extra={"fields": {**fields, **about}})
 
 
+@lru_cache(64)
+def _api_and_name(path: str) -> tuple[str, str]:
+    """The API that an HTTP path belongs to, and what the log calls it."""
+    return _api(path), quote(path, safe="/:")[:_LONGEST_PATH]
+
+
 def _api(path: str) -> str:
-    """The API that an HTTP path belongs to."""
     if path in OPEN_PATHS:
         return "probe"
     if path.startswith(OPENAI_PATHS):

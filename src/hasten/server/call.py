@@ -25,7 +25,8 @@ _tenant: ContextVar[str] = ContextVar("tenant", default="")
 
 def set_tenant(tenant: str) -> None:
     """Let the requests to engines that this task makes, and those that it starts, belong to a tenant; "": to none."""
-    _tenant.set(tenant)
+    if tenant != _tenant.get():
+        _tenant.set(tenant)
 
 
 def cache_salt(given: str | None) -> str:

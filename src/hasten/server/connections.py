@@ -173,6 +173,7 @@ class _Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._all.closed(self)
         super().connection_lost(exc)
+        self.flow.leave()
 
     def data_received(self, data: bytes) -> None:
         if self._linger_until is not None:
@@ -277,6 +278,7 @@ class _Connection(HttpToolsProtocol):
         if self._answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+            self.flow.leave()
 
     def refuse_unfinished(self) -> None:
         """Refuse a request of which a part has come, since the server stops."""

@@ -12,6 +12,7 @@ import ipaddress
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -74,6 +75,7 @@ class Hosts:
         return parts.hostname is not None and (same or _plain(parts.hostname) in self._names)
 
 
+@lru_cache(64)
 def _name(host: str) -> str:
     """The name or address in a `Host`, without a port."""
     try:
@@ -86,6 +88,7 @@ def _plain(name: str) -> str:
     return name.lower().rstrip(".").strip("[]")
 
 
+@lru_cache(64)
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)

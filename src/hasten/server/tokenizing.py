@@ -109,9 +109,9 @@ def check_entries(given: Mapping[str, object]) -> None:
 
     It takes no time: to be called before they become SamplingParams, which look at each.
     """
-    for name, most in _MAX_ENTRIES.items():
-        value = given.get(name)
-        if value and isinstance(value, Sized) and not isinstance(value, str) and len(value) > most:
+    for name, value in given.items():
+        most = _MAX_ENTRIES.get(name)
+        if most is not None and isinstance(value, Sized) and not isinstance(value, str) and len(value) > most:
             raise InvalidRequestError(f"{name} has {len(value)} entries, the limit is {most}")
 
 

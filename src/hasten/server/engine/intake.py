@@ -207,13 +207,14 @@ def _check_sizes(params: SamplingParams, vocab_size: int) -> None:
     """InvalidRequestError where parameters would make each token take long."""
     if params.n > _MOST_COMPLETIONS:
         raise InvalidRequestError(f"n must be at most {_MOST_COMPLETIONS}, got {params.n}")
-    check_entries(vars(params))
+    given = params.given()
+    check_entries(given)
     for name in ("logprobs", "prompt_logprobs"):
-        count = getattr(params, name) or 0
-        if min(count, vocab_size) > _MOST_LOGPROBS:
+        if min(count := given.get(name) or 0, vocab_size) > _MOST_LOGPROBS:
             raise InvalidRequestError(f"{name} must be at most {_MOST_LOGPROBS}, got {count}")
-    check_words("stop", params.stop)
-    check_words("bad_words", params.bad_words)
+    for name in ("stop", "bad_words"):
+        if words := given.get(name):
+            check_words(name, words)
 
 
 def _frame(message: Add) -> bytearray:
@@ -226,5 +227,8 @@ def _frame(message: Add) -> bytearray:
 
 def _may_stop(params: SamplingParams) -> bool:
     """Whether anything but `max_tokens` may end a completion."""
-    ends = (params.stop, params.stop_token_ids, params.stop_words_ids, params.is_constrained, params.beam_width > 1)
-    return not params.ignore_eos or any(ends)
+    if not params.ignore_eos:
+        return True
+    return bool(params.stop or params.stop_token_ids or params.stop_words_ids or params.is_constrained) or (
+        params.beam_width > 1
+    )

@@ -211,8 +211,10 @@ class TextModel(DependentModel):
                 while not finished:
                     progress = await ticket.read()
                     finished = progress.finished
-                    work.clock.wait(progress.queue_seconds)
-                    work.clock.compute()
+                    if progress.queue_seconds is not None:
+                        work.clock.wait(progress.queue_seconds)
+                    if finished:
+                        work.clock.compute()
                     yield work.response(await by_size(progress.size, reply.tensors, progress), finished)
             finally:
                 engine.withdraw(ticket)
@@ -239,7 +241,7 @@ class _Reply:
                 raise ServiceError(ErrorKind.INTERNAL, f"the prompt could not be continued: {delta.stop_reason}")
             self._last[delta.index] = delta
         tensors = [self._output(name, self._last) for name in self._names]
-        for delta in progress.completions:
+        for delta in progress.completions if len(self._last) > 1 else ():
             self._last[delta.index] = msgspec.structs.replace(
                 delta, token_ids=[], text="", logprobs=None, token_logprobs=None
             )

@@ -106,7 +106,10 @@ def _read_items(work: Work, inputs: Mapping[str, Tensor], info: EngineInfo) -> T
 
 def _common(work: Work) -> dict[str, Any]:
     """What the request's parameters say for all items."""
-    options = sampling_options(work.known_parameters(PARAMETERS), PARAMETERS)
+    given = work.known_parameters(PARAMETERS) if work.parameters else {}
+    if not given:
+        return {}
+    options = sampling_options(given, PARAMETERS)
     if ends := [name for name in ("ignore_eos", "stop_token_ids") if name in options and "end_id" in work.inputs]:
         text = f"input 'end_id' and parameter '{ends[0]}' both say what ends the output; give one of them"
         raise invalid(text)

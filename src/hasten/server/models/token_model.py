@@ -38,7 +38,8 @@ _ROOM = 64
 def _behind(rows: NDArray[Any], lengths: NDArray[Any], filler: NDArray[Any]) -> NDArray[Any]:
     """Rows [batch, beam, any] up to the longest of them, filled behind each one's own length."""
     longest = int(lengths.max())
-    return np.where(np.arange(longest) < lengths[:, :, np.newaxis], rows[:, :, :longest], filler)
+    rows = rows[:, :, :longest]
+    return rows if lengths.size == 1 else np.where(np.arange(longest) < lengths[:, :, np.newaxis], rows, filler)
 
 
 class BatchOutput:
@@ -49,10 +50,10 @@ class BatchOutput:
         self._request = request
         beams = (len(request.items), request.beam_width)
         prompts = [item.prompt if with_prompts else [] for item in request.items]
-        lengths = np.array(list(map(len, prompts)))
-        self._prompt_lengths = np.repeat(lengths[:, np.newaxis].astype(np.int32), request.beam_width, axis=1)
+        lengths = np.array(list(map(len, prompts)), np.int32)
+        self._prompt_lengths = np.repeat(lengths[:, np.newaxis], request.beam_width, axis=1)
         self._lengths = self._prompt_lengths.astype(np.uint32)
-        self._ids = np.zeros((*beams, int(lengths.max()) + _ROOM), np.uint32)
+        self._ids = np.zeros((*beams, max(map(len, prompts)) + _ROOM), np.uint32)
         for row, prompt in zip(self._ids, prompts, strict=True):
             row[:, : len(prompt)] = prompt
         self._cumulative = np.zeros(beams)
@@ -83,8 +84,8 @@ class BatchOutput:
 
     @property
     def nbytes(self) -> int:
-        """Of its largest tensor."""
-        return self._lengths.size * int(self._lengths.max()) * self._ids.itemsize
+        """Of its largest tensor, with the room behind it."""
+        return self._ids.nbytes
 
     def tensors(self, names: Set[str]) -> Callable[[], list[Tensor]]:
         """What makes the outputs with these names as of now, also while further tokens are added behind them."""

@@ -31,21 +31,21 @@ class Usage:
     """Those of completions that models wrote for themselves; None of answers without reasoning."""
     prompts_only: bool = False
     """Whether no completion is shown, and so none counts."""
-    _times: list[dict[str, float | None]] = field(default_factory=list)
-    """Of each prompt that ended."""
+    _ended: list[tuple[Ticket, float]] = field(default_factory=list)
+    """Each prompt that has ended, and when."""
 
     def count(self, progress: Progress, ticket: Ticket | None = None) -> None:
-        """Add the tokens of one progress of a prompt, and the times of one that has ended just now."""
+        """Add the tokens of one progress of a prompt, which may have ended just now."""
         self.prompt_tokens += len(progress.prompt_token_ids)
         if not self.prompts_only:
             self.completion_tokens += progress.tokens
         if progress.finished and ticket is not None:
-            self._times.append(_times(ticket, time.monotonic()))
+            self._ended.append((ticket, time.monotonic()))
 
     def metrics(self, params: SamplingParams) -> dict[str, float | None] | None:
         """Times of the request, by vLLM's names; None where they are those of several completions."""
-        alone = max(params.n, params.beam_width) == 1 and len(self._times) == 1
-        return self._times[0] if alone else None
+        alone = max(params.n, params.beam_width) == 1 and len(self._ended) == 1
+        return _times(*self._ended[0]) if alone else None
 
     def as_json(self) -> dict[str, Any]:
         """The object `usage`."""

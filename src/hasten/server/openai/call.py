@@ -120,7 +120,7 @@ class Call:
     async def respond(self, request: Request) -> Response:
         """Run the call for as long as its client is there."""
         if not self.request.stream:
-            return json_response(await unless_gone(request.receive, self.answer()))
+            return json_response(await unless_gone(request.scope, self.answer()))
         return await EventStream.of(request, CallEvents(self))
 
     async def answer(self) -> bytes:
@@ -133,7 +133,8 @@ class Call:
                     number, progress = await requests.read()
                 size += progress.size
                 found += await by_size(progress.size, self._used_up, number, progress, usage)
-                await asyncio.sleep(0)  # all that have ended would be looked at in one turn of the event loop
+                if requests.unfinished:  # all that have ended would be looked at in one turn of the event loop
+                    await asyncio.sleep(0)
         return await by_size(size, self.form.whole, found, usage)
 
     def _used_up(self, number: int, progress: Progress, usage: Usage) -> Sequence[Choice]:

@@ -197,6 +197,8 @@ class CompletionChoices:
             if entries is not None:
                 tokens, entries = [*first.prompt_token_ids, *tokens], [*(first.prompt_logprobs or ()), *entries]
         logprobs = None if entries is None else self._logprobs(index, tokens, entries)
+        if delta.finish_reason is None:
+            return CompletionChoice(index, text, logprobs, None)
         return CompletionChoice(index, text, logprobs, _reason(delta), _stop_reason(delta))
 
     def _prompt_text(self, number: int, first: Progress) -> str:

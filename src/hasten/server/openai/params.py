@@ -166,13 +166,13 @@ def _params(request: GenerationRequest, reading: "AnswerReading | None" = None, 
         raise OpenAIError("include_obfuscation is not supported", param="stream_options")
     if request.stream_options is not None and not request.stream:
         raise OpenAIError("stream_options needs stream to be true", param="stream_options")
-    given = {name: getattr(request, name) for name in _PASSED_ON}
-    values |= {name: value for name, value in given.items() if value is not None}
+    fields = msgspec.structs.asdict(request)
+    values |= {name: value for name in _PASSED_ON if (value := fields[name]) is not None}
     check_entries(values)
     if request.seed is not None:
         values["seed"] = request.seed % 2**64  # OpenAI's are signed
     values = {"n": 1 if request.n is None else request.n} | values
-    constraint = _constraint(request)
+    constraint = _constraint(request) if any(fields[name] for name in CONSTRAINING) else {}
     values |= constraint if reading is None else reading.sampling(constraint)
     return SamplingParams(**(values | _beams(request)))
 

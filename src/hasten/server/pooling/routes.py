@@ -116,7 +116,7 @@ def pooling_routes(models: ModelFinder) -> list[Route]:
             found = models.find_pooler(body.model)
             queueing = checked_queueing(request, found.client, body.priority)
             call = PoolingCall(found.client, queueing, tally=found.tally)
-            return json_response(await unless_gone(request.receive, answer(body, found.name, call)))
+            return json_response(await unless_gone(request.scope, answer(body, found.name, call)))
 
         return api_route(path, summary, kind, handler)
 

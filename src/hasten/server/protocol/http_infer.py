@@ -151,7 +151,7 @@ class InferRoutes:
         encoded = "content-encoding" in request.headers  # what is packed may become any size
         body = await by_size(sys.maxsize if encoded else len(raw), self._infer_body, model, version, raw, request)
         deliver = delivery(body.request.outputs, self._memory, batched=self._batched(model, version))
-        response = await unless_gone(request.receive, self._service.infer(body.request))
+        response = await unless_gone(request.scope, self._service.infer(body.request))
 
         def answer() -> Response:
             return _infer_answer(request, *infer_response(response, body, deliver(response)))
@@ -200,7 +200,7 @@ class InferRoutes:
     async def generate(self, request: Request) -> Response:
         """The one response of a request, as a flat JSON object."""
         wanted = await self._generate_request(request)
-        response = await unless_gone(request.receive, self._only_response(wanted))
+        response = await unless_gone(request.scope, self._only_response(wanted))
         return Response(await _generate_json(response), media_type="application/json")
 
     async def _only_response(self, request: InferRequest) -> InferResponse:
