@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+import pytest
 import uvicorn
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from tests.server.test_connection_times import Transport
 from tests.waiting import LIMIT_S
@@ -12,7 +14,7 @@ from uvicorn.server import ServerState
 
 from hasten.server.connections import Connections
 from hasten.server.options import EndpointOptions, SecurityOptions
-from hasten.server.sse import BodyWriter
+from hasten.server.sse import BODY, BodyWriter, unless_gone
 
 ASKS = b"GET / HTTP/1.1\r\n\r\n"
 
@@ -101,6 +103,33 @@ def test_nothing_is_written_for_a_client_that_has_left() -> None:
         before = site.transport.written
         body.write(b"more")
         assert site.transport.written == before
+        site.end.set()
+        await asyncio.sleep(0)
+
+    run(check())
+
+
+@pytest.mark.parametrize("asks", [ASKS, ASKS + ASKS])
+def test_work_ends_with_its_client_whatever_else_that_has_sent(asks: bytes) -> None:
+    async def check() -> None:
+        site, ended = Streaming(), asyncio.Event()
+
+        async def work() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        site.connection.data_received(asks)
+        scope: Scope = {"state": {BODY: await site.body}}
+        working = asyncio.create_task(unless_gone(scope, work()))
+        await asyncio.sleep(0)
+        site.connection.connection_lost(None)
+        with pytest.raises(ClientDisconnect):
+            await working
+        assert ended.is_set()
+        with pytest.raises(ClientDisconnect):  # nor is anything begun for it
+            await unless_gone(scope, work())
         site.end.set()
         await asyncio.sleep(0)
 

@@ -72,7 +72,7 @@ class BodyWriter:
 
     def write(self, data: bytes) -> None:
         """Write a chunk, whether writable or not; nothing once the client is gone."""
-        if data and not self._cycle.disconnected:
+        if data and not self.flow.is_gone:
             chunk = b"%x\r\n%b\r\n" % (len(data), data) if self._cycle.chunked_encoding else data
             self._cycle.transport.write(chunk)
 
