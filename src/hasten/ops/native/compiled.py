@@ -64,6 +64,12 @@ def multiplies_bytes() -> bool:
     return bool(llvm.get_host_cpu_features().get("avx512vnni"))
 
 
+@cache
+def multiplies_tiles() -> bool:
+    """Whether the processor adds up products of bytes in tiles, too, with which `multiplies_bytes`."""
+    return multiplies_bytes() and bool(llvm.get_host_cpu_features().get("amx-int8"))
+
+
 def own_folder() -> Path | None:
     """The folder for this code on this processor, there or not; None where what is in it could be another user's."""
     folder = kernel_folder()
@@ -151,6 +157,8 @@ def _compiled(show_progress: bool) -> dict[str, bytes]:
 
     if multiplies_bytes():
         from hasten.ops.native.code import integers  # noqa: F401
+    if multiplies_tiles():
+        from hasten.ops.native.code import tiles  # noqa: F401
     from hasten.ops.native.code.functions import KERNELS, TEAMS
 
     functions: list[tuple[str, Any, int]] = [(name, function, 3) for name, function in KERNELS.items()]

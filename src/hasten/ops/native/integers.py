@@ -1,13 +1,17 @@
-"""Products with weights of 8 and 4 bits in panels: launches of `code/integers.py`.
+"""Products with weights of 8 and 4 bits in panels: launches of `code/integers.py` and `code/tiles.py`.
 
 Shapes: t tokens, h input features, o output features, k columns, g groups of columns, d digits.
 """
 
+import math
+from functools import cache
+
+import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from hasten.ops.grouped import Columns
-from hasten.ops.native import pages
+from hasten.ops.native import compiled, pages
 from hasten.ops.native.launch import Kernel, empty, launch
 from hasten.ops.native.products import ACTIVATIONS
 from hasten.ops.packed import IntegerPanels
@@ -21,7 +25,19 @@ _MULTIPLE = 16
 _MOST_COLUMNS = 1 << 16
 """Of a group: sums of their products fit into int32, of bytes up to 255 by numbers up to 127."""
 _integers = Kernel("integers", "19q")
-_round_rows = Kernel("round_rows", "10q")
+_round_rows = Kernel("round_rows", "12q")
+_TILE = 16
+"""Rows of int8 that stand together for the kernel of many rows."""
+_STEP = 64
+"""Most columns of them that do."""
+_MOST_WITHOUT_TILES = 8
+"""Rows of int8 that the other kernel takes at a time; beyond them tiles are faster."""
+
+
+@cache
+def tiles() -> Kernel | None:
+    """The kernel of many rows; None on a processor without AMX, or where the system gives none to this process."""
+    return Kernel("tiles", "20q") if compiled.multiplies_tiles() and torch.cpu._init_amx() else None
 
 
 def fits(columns: int, group_size: int) -> bool:
@@ -78,32 +94,22 @@ def product(
     """`activation(x @ w.T + bias) + residual[rows]`: [t, o]."""
     x_th = weight.columns.of(x_th)
     (rows, inputs), groups, group, digits = x_th.shape, weight.scales.shape[1], weight.group_size, weight.digits
-    width = digits * groups * group
+    width, lines = groups * group, rows * digits
+    by_tiles = tiles() if lines > _MOST_WITHOUT_TILES else None
+    side, step = (1, width) if by_tiles is None else (_TILE, math.gcd(group, _STEP))
     # the memory of a recording is of numbers in fp32
-    numbers, sums, units_t = empty(rows, width // 4), empty(rows, digits * groups), empty(rows)
+    numbers, sums, units_t = empty(lines + -lines % side, width // 4), empty(lines, groups), empty(rows)
     sizes = (rows, inputs, groups, group, digits)
-    launch(_round_rows, 8 * rows * width, *sizes, x_th, x_th.stride(0), numbers, units_t, sums)
+    launch(_round_rows, 8 * lines * width, *sizes, x_th, x_th.stride(0), numbers, units_t, sums, side, step)
     out_to = empty(rows, outputs)
     stride = 0 if residual_to is None else residual_to.stride(0)
     code = 0 if activation is None else ACTIVATIONS[activation]
     weights = (weight.values, weight.bits, weight.zero, weight.scales, weight.zeros)
-    launch(
-        _integers,
-        rows * width * outputs // 4,
-        rows,
-        outputs,
-        groups,
-        group,
-        digits,
-        numbers,
-        units_t,
-        sums,
-        *weights,
-        bias_o,
-        residual_to,
-        stride,
-        rows_t,
-        out_to,
-        code,
-    )
+    operands = (rows, outputs, groups, group, digits, numbers, units_t, sums, *weights, bias_o)
+    endings = (residual_to, stride, rows_t, out_to, code)
+    operations = lines * width * outputs // 4
+    if by_tiles is None:
+        launch(_integers, operations, *operands, *endings)
+    else:
+        launch(by_tiles, operations // 4, *operands, *endings, step)
     return out_to

@@ -37,6 +37,7 @@ from hasten.ops.native.code.simd import (
     mul_whole,
     narrowed,
     nearest,
+    prefetch,
     prefetched,
     read,
     splat,
@@ -88,7 +89,7 @@ def _loop(rows: int, bits: int) -> Any:
         for offset in range(0, size if rows > _FEW else 0, 64):
             prefetched(b, [b.add(line, ir.Constant(I64, _AHEAD + offset))])
         new = [list(each) for each in sums]
-        for half, columns in enumerate(_halves(b, line, bits)):
+        for half, columns in enumerate(halves(b, line, bits)):
             for row, start in enumerate(starts):
                 four = read(b, I32, b.add(start, b.add(start_of_unit, ir.Constant(I64, 4 * half))))
                 inputs = spread(b, four)
@@ -112,7 +113,7 @@ def _loop(rows: int, bits: int) -> Any:
     return intrinsic(lambda _context, x, stride, panel, units, tile: (types.void(*[types.int64] * 5), code))
 
 
-def _halves(b: Any, line: Any, bits: int) -> list[list[Any]]:
+def halves(b: Any, line: Any, bits: int) -> list[list[Any]]:
     """The bytes of a unit of weights: two vectors for its first four inputs, and for the others."""
     vectors = [read(b, WHOLE, b.add(line, ir.Constant(I64, 64 * number))) for number in range(bits // 2)]
     if bits == 8:
@@ -152,7 +153,7 @@ def _multiply(x, stride, panel, units, tile, rows):
 
 
 @part
-def _multiply_halves(x, stride, panel, units, tile, rows):
+def _multiplyhalves(x, stride, panel, units, tile, rows):
     if rows == 8:
         _half_loop8(x, stride, panel, units, tile)
     elif rows == 4:
@@ -172,16 +173,21 @@ def _less_zeros(line, zeros, zero, inputs):
 
 
 @part
-def _add_group(whole, tile, rows, digits, sums, sums_stride, scales, zeros, zero, first):
+def sum_of_group(line, digits, sums, sums_stride, zeros, zero):
+    """A vector of a token's sums of products with a group; `line`: those of its first digit."""
+    value = widened(_less_zeros(line, zeros, zero, load_i32(sums)))
+    if digits == 1:
+        return value
+    return fma(value, splat(_f32(128)), widened(_less_zeros(line + 128, zeros, zero, load_i32(sums + sums_stride))))
+
+
+@part
+def add_group(whole, tile, rows, digits, sums, sums_stride, scales, zeros, zero, first):
     """Add the sums of a group to those of the `rows` of a tile, times scales; the first group's are stored."""
     for row in range(rows):
         for at in range(0, 128, 64):
-            line = whole + 128 * digits * row + at
-            zeros_here = zeros + at if zeros else 0
-            value = widened(_less_zeros(line, zeros_here, zero, load_i32(sums + digits * row * sums_stride)))
-            if digits == 2:
-                low = _less_zeros(line + 128, zeros_here, zero, load_i32(sums + (2 * row + 1) * sums_stride))
-                value = fma(value, splat(_f32(128)), widened(low))
+            line, inputs = whole + 128 * digits * row + at, sums + digits * row * sums_stride
+            value = sum_of_group(line, digits, inputs, sums_stride, zeros + at if zeros else 0, zero)
             to = tile + 128 * row + at
             store(to, mul(value, load(scales + at)) if first else fma(value, load(scales + at), load(to)))
 
@@ -214,11 +220,11 @@ def _integers(p, thread, threads):
                 if bits == 8:
                     _multiply(x, stride, weights, group // 8, whole, together)
                 else:
-                    _multiply_halves(x, stride, weights, group // 8, whole, together)
+                    _multiplyhalves(x, stride, weights, group // 8, whole, together)
                 at = 128 * (panel * groups + number)
                 zeros_here = zeros + at if zeros else 0
                 sums_here = sums + row * sums_stride + 4 * number
-                _add_group(
+                add_group(
                     whole, tile, tokens, digits, sums_here, sums_stride, scales + at, zeros_here, zero, number == 0
                 )
             for each in range(tokens):
@@ -259,38 +265,48 @@ def _unit(largest, most):
 
 
 @part
-def _sum_of_bytes(address, count):
-    """The sum of a multiple of 16 numbers of int8."""
+def _sum_of_bytes(address, count, step, apart):
+    """The sum of so many numbers of int8, each `step` of which, a multiple of 16, stand `apart` bytes further on."""
     total = splat_whole(np.int32(0))
-    for at in range(address, address + count, 16):
-        total = add_whole(total, load_bytes(at))
+    for piece in range(count // step):
+        for at in range(address + apart * piece, address + apart * piece + step, 16):
+            total = add_whole(total, load_bytes(at))
     return total_whole(total)
 
 
 @kernel
 def _round_rows(p, thread, threads):
-    """Rows [t, h] as int8 numbers [t, digits, g * k], units [t], and sums of the numbers of groups [t, digits, g]."""
+    """Rows [t, h] as int8 numbers, units [t], and sums of the numbers of groups [t, digits, g].
+
+    Numbers [t, digits, g * k] stand in blocks of `side` rows of int8, and in these for each `step` columns in turn
+    those of all the rows.
+    """
     rows, inputs, groups, group = load_i64(p), load_i64(p + 8), load_i64(p + 16), load_i64(p + 24)
     digits, x, stride, numbers = load_i64(p + 32), load_i64(p + 40), 4 * load_i64(p + 48), load_i64(p + 56)
-    units, sums = load_i64(p + 64), load_i64(p + 72)
-    width, last = groups * group, _last()
+    units, sums, side, step = load_i64(p + 64), load_i64(p + 72), load_i64(p + 80), load_i64(p + 88)
+    width, last, piece = groups * group, _last(), min(step, group)
     before, most = inputs // 16 * 16, _f32(127) if digits == 1 else _f32(16319)
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):
-        row, to = x + t * stride, numbers + t * digits * width
+        row, line = x + t * stride, t * digits
+        to = numbers + line // side * side * width + line % side * step
         store(last, splat(_f32(0)))
         copy(row + 4 * before, last, inputs - before)
         largest = magnitude(load(last))
         for at in range(0, 4 * before, 64):
+            prefetch(row + at + _AHEAD)
             largest = larger_or_nan(largest, magnitude(load(row + at)))
         unit = _unit(largest, most)
         store_f32(units + 4 * t, unit)
         inverse = _f32(1) / unit
-        for at in range(0, before, 16):
-            _round(load(row + 4 * at), inverse, digits, to + at, width)
-        for at in range(before, width, 16):
-            _round(load(last), inverse, digits, to + at, width)
-            store(last, splat(_f32(0)))
+        for start in range(0, width, step):
+            for column in range(start, start + step, 16):
+                at = to + start * side + column - start
+                if column < before:
+                    _round(load(row + 4 * column), inverse, digits, at, step)
+                else:
+                    _round(load(last), inverse, digits, at, step)
+                    store(last, splat(_f32(0)))
         for digit in range(digits):
             for number in range(groups):
-                at = to + digit * width + number * group
-                store_i32(sums + 4 * ((t * digits + digit) * groups + number), _sum_of_bytes(at, group))
+                at, to_sum = to + digit * step + number * group * side, sums + 4 * ((line + digit) * groups + number)
+                store_i32(to_sum, _sum_of_bytes(at, group, piece, side * piece))

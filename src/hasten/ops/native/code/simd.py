@@ -148,10 +148,10 @@ def _counted(relation: str) -> Callable[[Builder, Values], Any]:
     return generate
 
 
-def prefetched(b: Builder, args: Values, level: int = 1) -> None:
-    """Fetch the cache line of an address, to this level of the caches."""
-    pointer = b.inttoptr(args[0], I8.as_pointer())
-    called(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(ir.Constant(I32, each) for each in (0, 4 - level, 1))])
+def prefetched(b: Builder, args: Values, level: int = 1, *, writes: bool = False) -> None:
+    """Fetch the cache line of an address, to this level of the caches; or, to the first, for what `writes` it."""
+    pointer, numbers = b.inttoptr(args[0], I8.as_pointer()), (int(writes), 4 - level, 1)
+    called(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(ir.Constant(I32, each) for each in numbers)])
 
 
 _two = (vector, vector)
@@ -197,6 +197,7 @@ magnitude = intrinsic_of((vector,), vector, lambda b, args: called(b, "llvm.fabs
 _BYTES = ir.VectorType(I8, LANES)
 _whole_two = (whole_vector, whole_vector)
 load_whole = intrinsic_of((types.int64,), whole_vector, lambda b, args: read(b, WHOLE, args[0]))
+store_whole = intrinsic_of((types.int64, whole_vector), types.void, lambda b, args: write(b, args[1], args[0]))
 splat_whole = intrinsic_of((types.int32,), whole_vector, lambda b, args: spread(b, args[0]))
 add_whole = intrinsic_of(_whole_two, whole_vector, lambda b, args: b.add(*args))
 sub_whole = intrinsic_of(_whole_two, whole_vector, lambda b, args: b.sub(*args))
