@@ -1,10 +1,11 @@
 """hasten: an inference engine and server for transformer language models."""
 
 import gc
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # `typing` takes a command's first milliseconds, in which Ctrl-C shows Python's traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from hasten.core.errors import (
         CapacityError,
         CheckpointError,
@@ -93,10 +94,12 @@ _MODULES = {
 """Where the names are that are no errors."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import what is asked for, so that `import hasten` alone does not take torch's time."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     collects = gc.isenabled()
     gc.disable()  # imports leave nothing to collect, and looking for it takes a sixth of their time
     try:

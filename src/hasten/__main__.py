@@ -1,14 +1,20 @@
 """Entry point of `hasten` and of `python -m hasten`."""
 
 import gc
+import signal
 import sys
-
-from hasten.cli.interrupts import interrupts_beside_imports
 
 
 def run() -> int:
-    """`main` of this process's arguments, after which the process ends."""
+    """`main` of this process's arguments, after which the process ends.
+
+    Ctrl-C is quiet from the first line to the end of the process, unless whoever started it lets it ignore that.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
+        from hasten.cli.interrupts import interrupts_beside_imports
+
         with interrupts_beside_imports():
             from hasten.cli.main import main
 

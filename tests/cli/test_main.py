@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -414,20 +415,57 @@ def test_an_interrupt_within_an_import_is_not_lost(tmp_path: Path, argv: tuple[s
     assert (done.returncode, done.stdout, done.stderr) == (130, printed, "hasten: interrupted\n")
 
 
-def test_an_interrupt_before_the_command_is_known_is_one_line() -> None:
-    code = """
-import os, signal, sys
+INTERRUPTED_AT = """
+import atexit, os, signal, sys
 from hasten.__main__ import run
 class Interrupts:
     @staticmethod
     def find_spec(name, path, target=None):
-        if name == "hasten.cli.main":
+        if name == where:
             os.kill(os.getpid(), signal.SIGINT)
+where = {where!r}
 sys.meta_path.insert(0, Interrupts)
-run()
+if where == "exit":
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+elif where == "parser":
+    import argparse
+    argparse.ArgumentParser.add_subparsers = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["hasten", "--version"]
+sys.exit(run())
 """
+
+
+@pytest.mark.parametrize(
+    ("where", "status", "error"),
+    [
+        ("hasten.cli.interrupts", -signal.SIGINT, ""),
+        ("hasten.cli.main", 130, "hasten: interrupted\n"),
+        ("parser", 130, "hasten: interrupted\n"),
+        ("exit", -signal.SIGINT, ""),
+    ],
+)
+def test_an_interrupt_before_or_after_the_command_itself_shows_no_traceback(
+    where: str, status: int, error: str
+) -> None:
+    done = run_python(INTERRUPTED_AT.format(where=where))
+    printed = f"hasten {hasten.__version__}\n" if where == "exit" else ""
+    assert (done.returncode, done.stdout, done.stderr) == (status, printed, error)
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
+    code = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + INTERRUPTED_AT.format(where="exit")
     done = run_python(code)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "hasten: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"hasten {hasten.__version__}\n", "")
+
+
+def test_little_is_imported_before_interrupts_are_quiet() -> None:
+    code = (
+        "import signal, sys\n"
+        "before = set(sys.modules)\n"
+        "import hasten.__main__\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+    )
+    assert run_python(code).stdout == "gc hasten hasten.__main__\n"
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -28,7 +28,8 @@ def interrupts_beside_imports() -> Iterator[None]:
     There it may be lost: torch, for one, takes it for a numpy that is not there, and goes on without. The process ends
     at once instead or, where it has started others, raises KeyboardInterrupt when the import is done.
     """
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.getsignal(signal.SIGINT)
+    is_default = before in (signal.SIG_DFL, signal.default_int_handler)
     if not is_default or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -37,7 +38,7 @@ def interrupts_beside_imports() -> Iterator[None]:
         yield
     finally:
         if signal.getsignal(signal.SIGINT) is _interrupt:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -51,8 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     termination that were cleaned up after, 141 a reader of the output that has gone. An error that hasten did not
     foresee keeps its traceback.
     """
-    _open_standard_streams()
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        _open_standard_streams()
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        say_interrupted()
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = build_parser(argv[0] if argv and argv[0] in _MODULES else None)
     try:
         args = parser.parse_args(argv)
@@ -64,9 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except HastenError as error:
         return _fail(parser.named_by_options(str(error)), exit_status(error))
-    except KeyboardInterrupt:
-        say_interrupted()
-        return INTERRUPTED
     except TerminatedError as error:
         print("hasten: terminated", file=sys.stderr)
         return error.status
