@@ -1,3 +1,4 @@
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -103,3 +104,33 @@ def test_a_log_goes_on_after_a_start_anew(tmp_path: Path) -> None:
         writer.close()
     assert lines(tmp_path) == ["first", "unfinished business", "second"]
     assert [line.partition("Z ")[2] for line in lines(tmp_path, timestamps=True)] == lines(tmp_path)
+
+
+def test_what_a_full_disk_does_not_take_is_counted(tmp_path: Path) -> None:
+    writer = LogWriter(tmp_path, "one")
+    writer.write(b"one\ntwo\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (24, before[1]))
+    try:
+        writer.write(b"three\n")  # of whose time there is room for the half
+        assert writer.lost == 0
+        writer.write(b"a line that is cut\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (writer.lost, writer.error) == (9, "File too large")
+    writer.write(b"\nfour\n")
+    writer.close()
+    found = [line.partition(" ") for line in lines(tmp_path, timestamps=True)]
+    assert [text for _, _, text in found] == ["one", "two", "three", "a line tha", "four"]
+    assert found[0][0] == found[2][0] < found[4][0]
+    assert (tmp_path / "one.times").stat().st_size == 32
+
+
+def test_a_log_that_takes_nothing_is_no_error(tmp_path: Path) -> None:
+    for file in ("one.log", "one.times"):
+        (tmp_path / file).symlink_to("/dev/full")
+    writer = LogWriter(tmp_path, "one")
+    writer.write(b"one\n")
+    writer.write(b"two\n")
+    writer.close()
+    assert (writer.lost, writer.error) == (8, "No space left on device")

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.cluster.local_site import Site, alive, site
-from tests.waiting import eventually
+from tests.waiting import await_idle, eventually
 
 from hasten.cluster.backend import Backend, ServerUpdate, Status
 from hasten.cluster.local.backend import LocalBackend
@@ -233,6 +234,69 @@ def test_a_job_that_died_on_a_full_disk_is_told_and_can_be_deleted(
     assert "No space left on device" in caplog.text
     here.backend.delete_job("died", "default")
     assert here.backend.jobs(None) == []
+
+
+def _limit_files(pid: int, size: int) -> None:
+    """Let a process write no file beyond a size, as on a full disk."""
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, Status.SUCCEEDED), (3, Status.FAILED)])
+def test_a_job_whose_disk_is_full_goes_on_and_its_true_end_is_recorded_later(
+    here: Site, tmp_path: Path, code: int, status: Status
+) -> None:
+    go = tmp_path / "go"
+    here.submit("late", f"echo first; until [ -e {go} ]; do sleep 0.05; done; echo second; exit {code}")
+    here.running("late")
+    eventually(lambda: here.logs("late") == ["first"])
+    state = here.state("late")
+    supervisor, instance = state.pid or 0, state.instances[0].pid or 0
+    _limit_files(supervisor, 0)
+    go.touch()
+    eventually(lambda: not alive(instance), lambda: "it runs")
+    await_idle(supervisor)
+    assert here.job("late").status is Status.RUNNING
+    _limit_files(supervisor, resource.RLIM_INFINITY)
+    job = here.ended("late")
+    how = f"ended with exit code {code}; 7 bytes of its output were lost: File too large"
+    assert (job.status, job.reason) == (status, None if code == 0 else f"late-master-0 {how}")
+    assert how in [event.message for event in job.events]
+    (warning,) = [event.message for event in job.events if event.reason == "Unwritable"]
+    assert warning == "the record could not be written: File too large"
+    here.over("late")
+    assert here.logs("late") == ["first"]
+
+
+def test_a_job_that_has_ended_on_a_full_disk_is_deleted_at_once(here: Site) -> None:
+    here.submit("ends", "exec sleep 600")
+    here.running("ends")
+    state = here.state("ends")
+    supervisor, instance = state.pid or 0, state.instances[0].pid or 0
+    _limit_files(supervisor, 0)
+    os.kill(instance, signal.SIGKILL)
+    await_idle(supervisor)
+    assert alive(supervisor)
+    here.backend.delete_job("ends", "default")
+    assert not alive(supervisor)
+    assert here.backend.jobs(None) == []
+
+
+def test_gpus_are_given_once_there_is_room_to_note_it(here: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HASTEN_GPUS", "1")
+    here.submit("first", "exec sleep 600", gpus=1)
+    here.running("first")
+    here.submit("second", "echo $CUDA_VISIBLE_DEVICES", gpus=1)
+    eventually(lambda: "waits for 1 GPU" in str(here.job("second").reason))
+    supervisor = here.state("second").pid or 0
+    _limit_files(supervisor, 0)
+    here.backend.delete_job("first", "default")
+    await_idle(supervisor)
+    assert here.job("second").status is Status.PENDING
+    _limit_files(supervisor, resource.RLIM_INFINITY)
+    job = here.ended("second")
+    assert (job.status, here.logs("second")) == (Status.SUCCEEDED, ["0"])
+    waits = [event.message for event in job.events if event.reason == "Waiting"]
+    assert any(message.startswith("cannot use ") and "(File too large)" in message for message in waits), waits
 
 
 @pytest.mark.parametrize("followed", [False, True])

@@ -60,10 +60,11 @@ class Child:
 
     def how_it_ended(self) -> str:
         """The end of a sentence about it."""
+        lost = f"; {self.log.lost} bytes of its output were lost: {self.log.error}" if self.log.lost else ""
         if self.code is None or self.code >= 0:
-            return f"ended with exit code {self.code}"
+            return f"ended with exit code {self.code}{lost}"
         name = signal.Signals(-self.code).name
-        return f"was killed by {name}{', as by a lack of memory' if name == 'SIGKILL' else ''}"
+        return f"was killed by {name}{', as by a lack of memory' if name == 'SIGKILL' else ''}{lost}"
 
 
 class Children:
@@ -113,6 +114,7 @@ class Children:
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str], working_dir: str) -> Child:
         """Start an instance in a session of its own; OSError where its program or folder cannot be had."""
+        log = LogWriter(self._folder.logs, name)
         reader, writer = os.pipe()
         try:
             process = subprocess.Popen(
@@ -127,11 +129,12 @@ class Children:
             )
         except BaseException:
             os.close(reader)
+            log.close()
             raise
         finally:
             os.close(writer)
         os.set_blocking(reader, False)
-        child = Child(self.mark(name), process, reader, LogWriter(self._folder.logs, name))
+        child = Child(self.mark(name), process, reader, log)
         self._selector.register(reader, selectors.EVENT_READ, child)
         self._running.append(child)
         return child

@@ -43,7 +43,7 @@ class JobSupervisor(Supervisor):
         """Stay until the job is to be deleted, and do it; the process ends with that."""
         self.conclude()
         while (left := (self.state.expires or 0.0) - time.time()) > 0:
-            self.children.turn(left)
+            self.turn(left)
         self.folder.remove()
         raise SystemExit
 
@@ -57,7 +57,7 @@ class JobSupervisor(Supervisor):
                     self.state.reason = got.reason
                     self.note("Waiting", got.reason)
                     self.save()
-                self.children.turn(got.pause)
+                self.turn(got.pause)
             for number, instance in enumerate(self.state.instances):
                 instance.devices = got[number * self.plan.gpus : (number + 1) * self.plan.gpus]
         self.state.reason = None
@@ -102,7 +102,7 @@ class JobSupervisor(Supervisor):
                 return None
             if self._late():
                 return self._too_long()
-            self.children.turn(self._left())
+            self.turn(self._left())
 
     def _look_at(self, instance: InstanceState) -> str | None:
         """Note an instance's end; the sentence about a failure."""
@@ -113,7 +113,7 @@ class JobSupervisor(Supervisor):
         instance.ended = time.time()
         if child.code == 0:
             instance.status = "SUCCEEDED"
-            self.note("Completed", "ended with exit code 0", instance.name)
+            self.note("Completed", child.how_it_ended(), instance.name)
             return None
         instance.status, instance.reason = "FAILED", child.how_it_ended()
         self.note("Failed", instance.reason, instance.name, warning=True)
@@ -147,7 +147,7 @@ class JobSupervisor(Supervisor):
             self._forget_instances()
         self._show(status, failure)
         while stays and self._running:
-            self.children.turn(_FOREVER)
+            self.turn(_FOREVER)
             for instance in self.state.instances:
                 self._look_at(instance)
             self.save()
@@ -178,7 +178,7 @@ class JobSupervisor(Supervisor):
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + min(seconds, self._left())
         while time.monotonic() < end:
-            self.children.turn(end - time.monotonic())
+            self.turn(end - time.monotonic())
 
     def _left(self) -> float:
         return _FOREVER if self._deadline is None else self._deadline - time.monotonic()

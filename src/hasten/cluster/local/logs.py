@@ -2,7 +2,7 @@
 
 NAME.times is pairs of big-endian 64-bit numbers: nanoseconds since 1970, and an offset in NAME.log. A line's time is
 that of the last pair at or before its first byte. So nothing is added to the output or taken from it, whatever bytes it
-has, and a line that is written in parts has the time of its first part.
+has, and a line that is written in parts has the time of its first part. What a full disk does not take is lost.
 """
 
 import os
@@ -30,18 +30,33 @@ class LogWriter:
         self._index = (folder / f"{instance}.times").open("ab", buffering=0)
         self._size = self._log.tell()
         self._new_line = True
+        self.lost = 0
+        """Bytes that could not be written."""
+        self.error = ""
+        """Why the last of them could not."""
 
     def write(self, data: bytes) -> None:
-        """Append some bytes."""
+        """Append some bytes; those that a full disk does not take are lost, and whoever wrote them goes on."""
         start = 0 if self._new_line else data.find(b"\n") + 1
-        if start < len(data) and (self._new_line or start > 0):
-            # first the time: so a reader never meets a line that has none
-            self._index.write(_PAIR.pack(time.time_ns(), self._size + start))
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._log.write(rest) :]
-        self._size += len(data)
+        begins = start < len(data) and (self._new_line or start > 0)
         self._new_line = data.endswith(b"\n")
+        rest = memoryview(data)
+        try:
+            if begins:
+                # first the time: so a reader never meets a line that has none
+                self._add_time(self._size + start)
+            while rest:
+                written = self._log.write(rest)
+                self._size += written
+                rest = rest[written:]
+        except OSError as error:
+            self.lost += len(rest)
+            self.error = error.strerror or str(error)
+
+    def _add_time(self, offset: int) -> None:
+        end = self._index.seek(0, os.SEEK_END)
+        if self._index.write(_PAIR.pack(time.time_ns(), offset)) < _PAIR.size:
+            self._index.truncate(end)  # or no later pair would be where it is looked for
 
     def close(self) -> None:
         """Close the files."""

@@ -65,7 +65,7 @@ class ServerSupervisor(Supervisor):
             for replica in self._replicas:
                 self._look_at(replica)
             self._replace_one()
-            self.children.turn(self._pause())
+            self.turn(self._pause())
             if self.children.news():
                 self.plan = self.folder.server_plan()
                 self.note("Updated", f"{self.plan.replicas} replicas are wanted, one after the other is replaced")
@@ -139,7 +139,8 @@ class ServerSupervisor(Supervisor):
         if wanted == len(instance.devices):
             return True
         mine = self.gpus.of(self.folder, instance.name)
-        got = self.take(mine[0] if mine else self.gpus.draw(self.folder, wanted, instance.name))
+        ticket = mine[0] if mine else self.draw(wanted, instance.name)
+        got = ticket if isinstance(ticket, Wait) else self.take(ticket)
         if isinstance(got, Wait):
             replica.next_start = time.monotonic() + got.pause
             if instance.reason != got.reason:

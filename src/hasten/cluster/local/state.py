@@ -38,9 +38,8 @@ HOME_VARIABLE = "HASTEN_HOME"
 SPEC, STATE = "spec.json", "state.json"
 Parsed = TypeVar("Parsed")
 _MOST_EVENTS = 100
-_UNUSABLE = frozenset(
-    (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ENAMETOOLONG)
-)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNUSABLE = frozenset((*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ENAMETOOLONG))
 _SCRATCH_S = 3600.0
 """After so long a temporary folder in scratch belongs to a command that died."""
 _TEMPORARY = "hasten-temporary-"
@@ -280,7 +279,7 @@ class Folder:
             try:
                 self.end_mark.touch()
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in _FULL:
                     raise
 
     def try_lock(self) -> int | None:

@@ -11,6 +11,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from hasten.cluster.local.children import Child, Children, ShutdownRequested
@@ -21,9 +22,12 @@ from hasten.cluster.local.mounts import mount_command
 from hasten.cluster.local.processes import MARK, lives, start_of
 from hasten.cluster.local.settle import settle
 from hasten.cluster.local.state import Folder, InstanceState
+from hasten.core.errors import ConfigError
 
 ERRORS = "supervisor.log"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _DOUBLINGS = 0.5, 60.0, 10
+_ROOM_S = 1.0
+"""How often a record is tried that could not be written."""
 _START = '"$@" &'
 """The shell ends at once, so that the supervisor is nobody's child."""
 
@@ -77,6 +81,7 @@ class Supervisor(ABC):
         self.children = Children(folder, self.state.uid)
         self.gpus = GpuQueue(folder.home, settle)
         self.devices = devices()
+        self._unsaved = False
 
     def run(self) -> None:
         """Do all of it. Whatever fails in here leaves no process behind; the next command that looks tells the end."""
@@ -91,12 +96,20 @@ class Supervisor(ABC):
         self.save()
         try:
             # looked for once the process id is written: whoever left it there before that could send no signal
+            self._wait_for_room()
             if self.folder.end_mark.exists():
                 raise ShutdownRequested
             self.work()
         except ShutdownRequested:
             self.end_all()
         self.conclude()
+        with suppress(ShutdownRequested):
+            self._wait_for_room()
+
+    def _wait_for_room(self) -> None:
+        """Until the record is written, or is to be deleted."""
+        while self._unsaved and not self.folder.end_mark.exists():
+            self.turn(_ROOM_S)
 
     def conclude(self) -> None:
         """Give all back, and say that nothing will change any more."""
@@ -118,17 +131,41 @@ class Supervisor(ABC):
         """End what runs, because somebody asked."""
 
     def save(self) -> None:
-        """Write the record."""
-        self.folder.write_state(self.state)
+        """Write the record; on a full disk `turn` does it, as soon as there is room."""
+        try:
+            self.folder.write_state(self.state)
+        except ConfigError as error:
+            if not self._unsaved:
+                why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
+                self.note("Unwritable", f"the record could not be written: {why}", warning=True)
+            self._unsaved = True
+        else:
+            self._unsaved = False
+
+    def turn(self, seconds: float) -> None:
+        """Wait at most that long for what happens to the children; ShutdownRequested if this supervisor is to end."""
+        if self._unsaved:
+            self.save()
+        self.children.turn(min(seconds, _ROOM_S) if self._unsaved else seconds)
 
     def note(self, reason: str, message: str, instance: str | None = None, *, warning: bool = False) -> None:
         """Add an event; it is written with the next `save`."""
         source = f"{self.kind}/{self.folder.name}" if instance is None else f"instance/{instance}"
         self.state.event(reason, message, source, warning=warning)
 
+    def draw(self, count: int, label: str) -> Path | Wait:
+        """A ticket for GPUs, or why there is none yet, as on a full disk."""
+        try:
+            return self.gpus.draw(self.folder, count, label)
+        except ConfigError as error:
+            return Wait(str(error), 0)
+
     def take(self, ticket: Path) -> list[str] | Wait:
-        """GPUs for a ticket, or why there are none yet."""
-        return self.gpus.take(ticket, self.devices)
+        """GPUs for a ticket, or why there are none yet: on a full disk nobody can be noted as their owner."""
+        try:
+            return self.gpus.take(ticket, self.devices)
+        except ConfigError as error:
+            return Wait(str(error), 0)
 
     def launch(
         self, instance: InstanceState, launch: Launch, command: list[str], env: Mapping[str, str]
