@@ -1,5 +1,6 @@
 """How much memory the cache may take, and the errors of a device that has run out of memory."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,12 +41,28 @@ def available_host_memory(
 ) -> int:
     """Bytes that a process on this host, or in this container, can still get without swapping."""
     try:
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
+        available = _meminfo(meminfo, "MemAvailable")
     except (OSError, KeyError, ValueError) as error:
         raise CapacityError(f"cannot find out how much memory is free ({error}); set kv_cache_memory") from error
     left = (free for folder in cgroups.own_groups("memory", system, own) if (free := _left(folder)) is not None)
     return max(0, min((available, *left)))
+
+
+def host_memory_and_swap(meminfo: Path = Path("/proc/meminfo")) -> float:
+    """Bytes that a process on this host, or in this container, can still get; infinity where the system says nothing.
+
+    The system lends more than that, and kills the process that uses it.
+    """
+    try:
+        return available_host_memory(meminfo) + _meminfo(meminfo, "SwapFree")
+    except (CapacityError, OSError, KeyError, ValueError):
+        return math.inf
+
+
+def _meminfo(file: Path, field: str) -> int:
+    """Bytes of a field of /proc/meminfo."""
+    fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
 
 
 def _left(folder: Path) -> int | None:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from hasten.models.base import Transformer
 from hasten.models.registry import model_class
 from hasten.parallel.groups import ParallelGroups
 from hasten.parallel.launch import Ranks
-from hasten.quantization.scheme import SCHEMES, Quantizer, matrices
+from hasten.quantization.scheme import SCHEMES, Quantizer, matrices, quantized_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -59,10 +59,12 @@ def build_model(
     *,
     quantization: str | None = None,
     show_progress: bool = False,
+    check_memory: Callable[[int], None] | None = None,
 ) -> Transformer:
     """The model of this rank with its weights, laid out for the device; rank 0 logs what it loads.
 
     With `quantization`, each weight is quantized as it comes: at most one of them is held in full precision besides.
+    `check_memory` is called, before any is read, with the bytes that they take at least.
     """
     level = logging.INFO if groups.world.rank == 0 else logging.DEBUG
     config, source = checkpoint.config, checkpoint.source
@@ -74,6 +76,8 @@ def build_model(
         model = model_class(config.architecture)(config, groups)
     model.eval()
     quantizer = None if quantization is None else Quantizer(SCHEMES[quantization], model)
+    if check_memory is not None:
+        check_memory(_least_bytes(model, dtype, quantizer, is_stored=checkpoint.stored_quantization is not None))
     show = show_progress and groups.world.rank == 0
     held = _load_weights(model, checkpoint, groups, dtype, device, quantizer, show=show)
     with torch.inference_mode():
@@ -87,6 +91,16 @@ def build_model(
     if shown is not None and config.experts is not None:
         _log.log(level, "quantization %s: the experts of the mixture are in %s", shown, dtype)
     return model
+
+
+def _least_bytes(model: Transformer, dtype: torch.dtype, quantizer: Quantizer | None, *, is_stored: bool) -> int:
+    """Bytes of a model's parameters, without those whose size depends on how the checkpoint quantized them."""
+    schemes, unknown = {} if quantizer is None else quantizer.schemes, matrices(model) if is_stored else {}
+    return sum(
+        quantized_bytes(schemes[name].name, *parameter.shape) if name in schemes else parameter.numel() * dtype.itemsize
+        for name, parameter in model.named_parameters()
+        if name not in unknown
+    )
 
 
 def _load_weights(

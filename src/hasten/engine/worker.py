@@ -25,7 +25,7 @@ from hasten.engine.cache_ranges import stored_ranges
 from hasten.engine.cache_setup import CacheSetup
 from hasten.engine.deferred import Budget
 from hasten.engine.launched_step import ChooseTokens, Launched
-from hasten.engine.memory import explained_out_of_memory
+from hasten.engine.memory import explained_out_of_memory, host_memory_and_swap
 from hasten.engine.memory_advice import memory_advice
 from hasten.engine.model_loading import build_model, compute_dtype, quantization_of, with_folders
 from hasten.engine.peer_links import PeerLinks
@@ -138,7 +138,16 @@ class Worker:
                 self.device,
                 quantization=config.quantization or checkpoint.quantization,
                 show_progress=config.progress_bars,
+                check_memory=partial(self._check_memory, advice) if self.device.type == "cpu" else None,
             )
+
+    def _check_memory(self, advice: Callable[[], str], needed: int) -> None:
+        """CapacityError where the ranks of this host need more than it has for their weights, `needed` bytes here."""
+        free = host_memory_and_swap()  # before any of the others takes its part
+        needed = self.ranks.world.least(needed) * self.ranks.local_size
+        if needed > free:
+            more = advice() or f": they take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
+            raise CapacityError(f"the weights do not fit into this machine's memory{more}")
 
     def _opened(self, config: EngineConfig) -> tuple[EngineConfig, Checkpoint]:
         """The configuration with what this device and this host make of it, and the checkpoint."""

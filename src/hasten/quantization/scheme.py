@@ -5,8 +5,10 @@ multiplies by, and hands `ops` whatever weight it was given. Shapes: h input fea
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Protocol
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -62,3 +64,14 @@ class Quantizer:
         """The parameter `name` as the model is to have it."""
         scheme = self.schemes.get(name)
         return weight if scheme is None else scheme.quantize(weight, name)
+
+
+def quantized_bytes(scheme: Quantization, rows: int, columns: int) -> int:
+    """Of a weight of `rows` output features, from weights of one and of two that are really quantized."""
+    of_one, of_two = (_bytes_of_rows(scheme, count, columns) for count in (1, 2))
+    return of_one + (rows - 1) * (of_two - of_one)
+
+
+@cache
+def _bytes_of_rows(scheme: Quantization, rows: int, columns: int) -> int:
+    return SCHEMES[scheme].quantize(torch.zeros(rows, columns), "a weight").nbytes

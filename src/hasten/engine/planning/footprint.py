@@ -3,13 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn as nn
 
 from hasten import ops
-from hasten.core.dtypes import CacheDType, DTypeName, Quantization
+from hasten.core.dtypes import CacheDType, DTypeName
 from hasten.core.model_config import ModelConfig
 from hasten.layers.attention import Attention
 from hasten.layers.embedding import Embedding, Head
@@ -19,7 +18,7 @@ from hasten.layers.norm import LayerNorm, RMSNorm
 from hasten.models.base import Transformer
 from hasten.models.registry import model_class
 from hasten.parallel.groups import ALONE, ParallelGroups, TensorGroup
-from hasten.quantization.scheme import SCHEMES, Quantizer
+from hasten.quantization.scheme import SCHEMES, Quantizer, quantized_bytes
 
 _PARTS: tuple[tuple[type[nn.Module], str], ...] = (
     (Embedding, "embedding"),
@@ -90,7 +89,7 @@ def footprint(
         count = parameter.numel()
         scheme = schemes.get(name)
         widened += 0 if scheme is None else count * itemsize
-        parts[part] += count * itemsize if scheme is None else _quantized_bytes(scheme.name, *parameter.shape)
+        parts[part] += count * itemsize if scheme is None else quantized_bytes(scheme.name, *parameter.shape)
         products[part] += count if parameter.ndim > 1 else 0
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     experts = [module for module in model.modules() if isinstance(module, Experts)]
@@ -108,17 +107,6 @@ def footprint(
         expert_products=products["experts"] // max(1, held),
         head_products=products["embedding" if tied else "head"],
     )
-
-
-def _quantized_bytes(scheme: Quantization, rows: int, columns: int) -> int:
-    """Of a weight of `rows` output features, from weights of one and of two that are really quantized."""
-    of_one, of_two = (_bytes_of_rows(scheme, count, columns) for count in (1, 2))
-    return of_one + (rows - 1) * (of_two - of_one)
-
-
-@cache
-def _bytes_of_rows(scheme: Quantization, rows: int, columns: int) -> int:
-    return SCHEMES[scheme].quantize(torch.zeros(rows, columns), "a weight").nbytes
 
 
 def _parameters(model: Transformer) -> Iterator[tuple[str, str, nn.Parameter]]:
