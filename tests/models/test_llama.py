@@ -33,6 +33,22 @@ def test_yarn_for_an_original_length_in_which_no_pair_turns_often(make_model: Ma
     assert worst_logit(make_model("Llama", rope_parameters=rope), [5, 33]) <= BOUND
 
 
+@pytest.mark.parametrize("form", ["within a kind", "beside the kinds"])
+@pytest.mark.parametrize("family", ["Gemma3", "Olmo3"])
+def test_yarn_of_one_kind_of_layers_reads_truncate_beside_the_kinds_alone(
+    family: str, form: str, make_model: MakeModel, worst_logit: Worst, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = YARN | {"beta_fast": 2.0, "beta_slow": 0.5}
+    ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": 100.0}, "full_attention": full}
+    (full if form == "within a kind" else ropes)["truncate"] = False
+    layers = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    folder = make_model(family, rope_parameters=ropes, **layers)
+    assert worst_logit(folder, [5, 33]) <= BOUND
+    monkeypatch.setattr("hasten.models.gemma.rope_of_kind", dict.get)
+    monkeypatch.setattr("hasten.models.olmo3.rope_of_kind", dict.get)
+    assert worst_logit(folder, [5, 33]) > BOUND
+
+
 def test_a_dynamic_rope_is_that_of_the_longest_sequence(make_model: MakeModel, worst_logit: Worst) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
     folder = make_model("Llama", rope_parameters=rope, max_position_embeddings=64)

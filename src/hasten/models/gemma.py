@@ -28,7 +28,7 @@ from hasten.models.llama import (
     weight_map,
     with_layers,
 )
-from hasten.models.rope import rope_from_hf
+from hasten.models.rope import rope_from_hf, rope_of_kind
 from hasten.models.weight_map import WeightMap
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
@@ -114,8 +114,8 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
             raise UnsupportedError("use_bidirectional_attention is not supported")
         nested = raw.get("rope_parameters")
         ropes: Mapping[str, Any] = nested if isinstance(nested, Mapping) and FULL in nested else {}
-        of_full = {"rope_theta": 1e6, **_present(raw), "rope_parameters": ropes.get(FULL)}
-        of_sliding = {"rope_theta": _local_theta(raw), "rope_parameters": ropes.get(SLIDING)}
+        of_full = {"rope_theta": 1e6, **_present(raw), "rope_parameters": rope_of_kind(ropes, FULL)}
+        of_sliding = {"rope_theta": _local_theta(raw), "rope_parameters": rope_of_kind(ropes, SLIDING)}
         full = attention_from_hf(raw, max_position=131_072, kv_heads=4, head_size=_HEAD_SIZE, rope_raw=of_full)
         config = _config(raw, "Gemma3ForCausalLM", replace(full, scale=_scale(raw), qk_norm="rms"), 131_072)
         config = replace(config, logit_softcap=_cap(raw, "final_logit_softcapping", None))
@@ -126,7 +126,8 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
 
 def _present(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The rope's keys of older versions that are given."""
-    return {name: raw[name] for name in ("rope_theta", "rope_scaling") if raw.get(name) is not None}
+    given = {"rope_theta": raw.get("rope_theta"), "rope_scaling": rope_of_kind({FULL: raw.get("rope_scaling")}, FULL)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _local_theta(raw: Mapping[str, Any]) -> float:

@@ -36,7 +36,7 @@ from hasten.models.encoder import (
     task_from_hf,
 )
 from hasten.models.llama import FULL, SLIDING, layer_kinds
-from hasten.models.rope import rope_from_hf
+from hasten.models.rope import rope_from_hf, rope_of_kind
 from hasten.models.weight_map import Axis, WeightMap, WeightSpec, linear, norm, vocabulary
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.partial_sum import PartialSum
@@ -166,7 +166,7 @@ def _attention(raw: Mapping[str, Any], kind: str) -> AttentionConfig:
     nested = raw.get("rope_parameters") or {}
     if not isinstance(nested, dict):
         raise ConfigError(f"rope_parameters {nested!r:.80} is not an object")
-    of_kind = {"rope_theta": hf_config.number(raw, key, theta), "rope_parameters": nested.get(kind)}
+    of_kind = {"rope_theta": hf_config.number(raw, key, theta), "rope_parameters": rope_of_kind(nested, kind)}
     bias = hf_config.flag(raw, "attention_bias", False)
     # half of the window lies before a token, half behind it
     window = hf_config.count(raw, "local_attention", default=128) // 2 + 1

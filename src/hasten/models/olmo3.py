@@ -10,7 +10,7 @@ from hasten.core.model_config import ModelConfig
 from hasten.models import hf_config
 from hasten.models.llama import FULL, SLIDING, layer_kinds, with_layers
 from hasten.models.olmo2 import MAX_POSITION, Olmo2ForCausalLM, olmo_from_hf
-from hasten.models.rope import rope_from_hf
+from hasten.models.rope import rope_from_hf, rope_of_kind
 
 _THETA, _WINDOW, _EVERY = 500_000.0, 4096, 4
 
@@ -23,10 +23,14 @@ class Olmo3ForCausalLM(Olmo2ForCausalLM):
         """Read Hugging Face's config.json; every fourth layer has no window unless `layer_types` says otherwise."""
         given = raw.get("rope_parameters") or {}
         nested = isinstance(given, Mapping) and (FULL in given or SLIDING in given)
-        ropes = given if nested else {FULL: given}
+        ropes = given if nested else {}
         theta = raw.get("rope_theta")
-        of_full = {"rope_theta": theta, "rope_scaling": raw.get("rope_scaling"), "rope_parameters": ropes.get(FULL)}
-        of_sliding = {"rope_theta": theta, "rope_parameters": ropes.get(SLIDING)}
+        of_full = {
+            "rope_theta": theta,
+            "rope_scaling": rope_of_kind({FULL: raw.get("rope_scaling")}, FULL),
+            "rope_parameters": rope_of_kind(ropes, FULL) if nested else given,
+        }
+        of_sliding = {"rope_theta": theta, "rope_parameters": rope_of_kind(ropes, SLIDING)}
         config = olmo_from_hf(raw, "Olmo3ForCausalLM", rope_raw=of_full, theta=_THETA)
         kinds = layer_kinds(raw, [SLIDING if (layer + 1) % _EVERY else FULL for layer in range(config.num_layers)])
         longest = hf_config.count(raw, "max_position_embeddings", default=MAX_POSITION)

@@ -16,7 +16,7 @@ _KEYS = frozenset(
     beta_slow attention_factor mscale mscale_all_dim truncate partial_rotary_factor short_factor long_factor
     """.split()
 )
-_ORIGINAL = "original_max_position_embeddings"
+_ORIGINAL, _TRUNCATE = "original_max_position_embeddings", "truncate"
 ROPE_ALIASES: Mapping[str, RopeKind] = {"su": "longrope"}
 """Old names of kinds."""
 _WITH_FACTOR = ("linear", "dynamic", "llama3", "yarn")
@@ -55,6 +55,15 @@ def rope_from_hf(
         return _rope(kind, values, turns, max_position)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
+
+
+def rope_of_kind(ropes: Mapping[str, Any], kind: str) -> Any:
+    """What `rope_parameters` says of the layers of one kind, whose names are its keys; None where it says nothing.
+
+    transformers reads YaRN's `truncate` beside those names, and not under them.
+    """
+    own = ropes.get(kind)
+    return {**own, _TRUNCATE: ropes.get(_TRUNCATE, True)} if isinstance(own, Mapping) and own else own
 
 
 def _turning(values: dict[str, Any], partial: float | None) -> float:
@@ -97,7 +106,7 @@ def _rope(kind: RopeKind, values: dict[str, Any], turns: _Turns, max_position: i
         high_freq_factor=hf_config.number(values, "high_freq_factor", 4.0),
         beta_fast=hf_config.number(values, "beta_fast", 32.0),
         beta_slow=hf_config.number(values, "beta_slow", 1.0),
-        truncate=hf_config.flag(values, "truncate", True),
+        truncate=hf_config.flag(values, _TRUNCATE, False) if _TRUNCATE in values else True,  # null is false there
         short_factor=_factors(values, "short_factor") if kind == "longrope" else (),
         long_factor=_factors(values, "long_factor") if kind == "longrope" else (),
         attention_factor=_attention_factor(kind, values, max_position / (original or max_position)),
