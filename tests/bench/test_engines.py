@@ -1,12 +1,15 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hasten.bench.engines import Engine, HastenEngine, HuggingFaceEngine, load_hugging_face
-from hasten.core.errors import ConfigError, HastenError
+from hasten.bench.engines import Engine, HastenEngine, HuggingFaceEngine, load_hugging_face, text_model
+from hasten.cli.main import main
+from hasten.core.config import EngineConfig
+from hasten.core.errors import ConfigError, HastenError, UnsupportedError
 from hasten.core.types import SamplingParams
 from hasten.engine.llm import LLM
 
@@ -106,3 +109,12 @@ def test_hugging_face_has_the_threads_that_it_was_given(tiny_bloom: Path) -> Non
     engine.generate(PROMPTS, LENGTHS)
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
+
+
+def test_a_quantized_checkpoint_is_a_text_model(tiny_bloom: Path, tmp_path: Path) -> None:
+    assert main(["quantize", str(tiny_bloom), str(tmp_path / "int8"), "--scheme", "int8"]) == 0
+    engine = EngineConfig(model=str(tmp_path / "int8"))
+    assert text_model(engine, "this").architecture == "BloomForCausalLM"
+    with pytest.raises(UnsupportedError, match="has quantized weights, but random ones are in full precision"):
+        text_model(replace(engine, load_format="dummy"), "this")
+    assert HuggingFaceEngine(engine.model).dtype == torch.float32

@@ -152,6 +152,23 @@ def test_hugging_face_is_spared_what_would_take_hours() -> None:
     assert (plan.tests, left_out) == (("lat",), ["long"])
 
 
+@pytest.mark.parametrize(
+    ("learned", "tests", "left_out"),
+    [
+        (None, suite.DEFAULT_TESTS, []),
+        (2048, suite.DEFAULT_TESTS, []),
+        (1025, suite.DEFAULT_TESTS, []),
+        (1024, ("lat", "fixed", "lambada"), ["tput"]),
+        (255, ("lambada",), ["lat", "fixed", "tput"]),
+        (100, (), ["lat", "fixed", "lambada", "tput"]),
+    ],
+)
+def test_what_learned_positions_hold(learned: int | None, tests: tuple[str, ...], left_out: list[str]) -> None:
+    plan, found = suite.fitting(suite.Plan(), learned)
+    assert (plan.tests, found, plan.max_model_len) == (tests, left_out, min(learned or 2048, 2048))
+    run(Clock(), plan)
+
+
 def test_speedups_are_ratios_of_times_that_both_have() -> None:
     ours = {"init_s": 1.0, "lat_b1": {"e2e_s": 2.0, "tok_s_e2e": 64.0, "ttft_s": 0.5}, "tput": {"s": 9.0}}
     theirs = {

@@ -366,6 +366,75 @@ def test_suite_goes_on_after_a_workload_that_fails(config_only: Path, tmp_path: 
     assert "{" not in done.out
 
 
+def _shape(folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 500, **config}))
+    return folder
+
+
+@pytest.fixture
+def few_positions(tmp_path: Path) -> Path:
+    """A GPT-2 with 300 learned positions."""
+    sizes = {"n_embd": 32, "n_head": 2, "n_layer": 1, "n_positions": 300}
+    return _shape(tmp_path / "gpt2", architectures=["GPT2LMHeadModel"], model_type="gpt2", **sizes)
+
+
+@pytest.mark.parametrize("bench", ["latency", "throughput", "suite", "serving", "startup"])
+def test_a_model_that_generates_no_text_is_refused_before_it_is_loaded(
+    bench: str, tmp_path: Path, hasten_here: "Hasten", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    folder = _shape(tmp_path / "bert", architectures=["BertModel"], model_type="bert", **sizes)
+    monkeypatch.setattr("hasten.engine.llm.LLM", None)
+    done = hasten_here("bench", bench, folder, "--load-format", "dummy")
+    wanted = f"hasten: error: BertModel generates no text; hasten bench {bench} is for models that do\n"
+    assert (done.status, done.err) == (2, wanted)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["latency", "--prompt-length", "200"],
+            "hasten bench latency has sequences of 328 tokens, but the model has learned 300 positions; "
+            "lower --prompt-length or --output-length",
+        ),
+        (
+            ["throughput"],
+            "workload mixed has sequences of 482 tokens, but the model has learned 300 positions; "
+            "choose --workload lambada",
+        ),
+        (
+            ["suite", "--tests", "lat,tput,long"],
+            "tput, long: longer sequences than the 300 positions that the model has learned; say --tests lat",
+        ),
+        (["suite", "--max-model-len", "301"], "--max-model-len 301 is more than the 300 positions"),
+    ],
+    ids=" ".join,
+)
+def test_what_does_not_fit_learned_positions_is_said_by_its_option(
+    few_positions: Path, hasten_here: "Hasten", argv: list[str], message: str
+) -> None:
+    done = hasten_here("bench", argv[0], few_positions, "--load-format", "dummy", *argv[1:])
+    assert done.status == 2
+    assert done.err.startswith(f"hasten: error: {message}"), done.err
+
+
+def test_the_suite_leaves_out_what_does_not_fit_learned_positions(few_positions: Path, hasten_here: "Hasten") -> None:
+    done = hasten_here(
+        *("bench", "suite", few_positions, "--load-format", "dummy", "--json"),
+        *("--num-requests", "2", "--repetitions", "1", "--batch-sizes", "2"),
+    )
+    assert done.status == 0, done.err
+    why = "longer sequences than the 300 positions that the model has learned"
+    assert done.err == f"hasten: left out: tput ({why})\n"
+    last = json.loads(done.out)
+    assert last["left_out"] == ["tput"]
+    assert last["options"]["max_model_len"] == 300
+    assert {"lat_b1", "fixed_b2", "lambada"} <= set(last)
+    assert "tput" not in last
+
+
 def test_suite_tells_when_hugging_face_cannot_load_the_model(
     tiny_bloom: Path, tmp_path: Path, hasten_here: "Hasten"
 ) -> None:

@@ -39,7 +39,7 @@ def test_yarn_of_one_kind_of_layers_reads_truncate_beside_the_kinds_alone(
     family: str, form: str, make_model: MakeModel, worst_logit: Worst, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = YARN | {"beta_fast": 2.0, "beta_slow": 0.5}
-    ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": 100.0}, "full_attention": full}
+    ropes: dict[str, Any] = {"sliding_attention": {"rope_theta": 100.0}, "full_attention": full}
     (full if form == "within a kind" else ropes)["truncate"] = False
     layers = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     folder = make_model(family, rope_parameters=ropes, **layers)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hasten.checkpoint.hub import resolve_engine
-from hasten.checkpoint.plan import open_checkpoint
+from hasten.checkpoint.plan import stored_config
 from hasten.core.config import EngineConfig
 from hasten.core.errors import CapacityError, CheckpointError, ConfigError, EngineError, UnsupportedError
+from hasten.core.model_config import ModelConfig
 from hasten.core.types import CompletionOutput, FinishReason, SamplingParams
 from hasten.engine.llm import LLM
 from hasten.engine.model_loading import compute_dtype
@@ -126,7 +128,7 @@ class HuggingFaceEngine:
         )
         folder = engine.model
         self.device = rank_device(engine, TensorGroup(), 1)
-        config = open_checkpoint(folder, dummy=torch.device("cpu")).config
+        config = stored_config(Path(folder), 1, dummy=load_format == "dummy")
         self.dtype = TORCH_DTYPES[compute_dtype(dtype, config, self.device)]
         self._batch_size = batch_size
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -201,6 +203,18 @@ def _require_length(completion: CompletionOutput, length: int) -> None:
             f"a request ended after {len(completion.token_ids)} of {length} tokens, at the longest sequence that the "
             "model may have; raise --max-model-len"
         )
+
+
+def text_model(engine: EngineConfig, what: str) -> ModelConfig:
+    """The configuration of a model's folder, before its weights are looked at.
+
+    UnsupportedError if it generates no text: `what` is for models that do.
+    """
+    ranks, is_dummy = engine.parallel.tensor_parallel_size, engine.load_format == "dummy"
+    config = stored_config(Path(engine.model), ranks, dummy=is_dummy)
+    if config.task != "generate":
+        raise UnsupportedError(f"{config.architecture} generates no text; {what} is for models that do")
+    return config
 
 
 def load_hugging_face(auto_class: Any, folder: str, dtype: torch.dtype, device: torch.device, load_format: str) -> Any:

@@ -43,6 +43,7 @@ class SuiteReport(TypedDict):
     init_s: float
     vocab_size: int
     environment: Environment
+    left_out: NotRequired[list[str]]
     hf: NotRequired[dict[str, Any]]
     speedup: NotRequired[dict[str, dict[str, float]]]
 
@@ -72,6 +73,22 @@ class Plan:
             raise ConfigError(f"repetitions must be at least 1, got {self.repetitions}")
         if "long" in self.tests and self.max_model_len < long().max_len:
             raise ConfigError(f"long needs a max_model_len of {long().max_len} or more, got {self.max_model_len}")
+
+
+def fitting(plan: Plan, learned: int | None) -> tuple[Plan, list[str]]:
+    """What of a plan a model can compute that has learned so many positions, and the tests that are left out."""
+    if learned is None or learned >= plan.max_model_len:
+        return plan, []
+    least = {
+        "lat": 2 * _LENGTH,
+        "fixed": 2 * _LENGTH,
+        "lambada": lambada(plan.num_requests).max_len,
+        "tput": max(tput(plan.num_requests).prompt_lengths) + 1,  # its outputs end where sequences do
+        "long": long().max_len,
+    }
+    left_out = [test for test in plan.tests if least[test] > learned]
+    tests = tuple(test for test in plan.tests if test not in left_out)
+    return replace(plan, tests=tests, max_model_len=learned), left_out
 
 
 def hf_plan(plan: Plan, largest_batch: int) -> tuple[Plan, list[str]]:

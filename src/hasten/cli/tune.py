@@ -12,7 +12,7 @@ from hasten.cli.bench.common import add_output, require_writable, write, write_p
 from hasten.cli.options import HOST_OPTIONS, Parser, add_engine_options, engine_options, option_words, path, positive
 from hasten.cli.progress import progress_lines
 from hasten.core.config import EngineConfig
-from hasten.core.errors import ConfigError, UnsupportedError
+from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
 
 if TYPE_CHECKING:
@@ -63,14 +63,12 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, and print the command."""
     require_extra("serve", "hasten tune")
-    import torch
-
+    from hasten.bench.engines import text_model
     from hasten.bench.evaluation.pictures import pareto
     from hasten.bench.slo import Slo
     from hasten.bench.sweep import SweepOptions
     from hasten.bench.tune import candidates, described, tune
     from hasten.checkpoint.hub import model_name, resolve_engine
-    from hasten.checkpoint.plan import open_checkpoint
     from hasten.engine.memory import DEFAULT_MODEL_LEN
     from hasten.parallel.rank import rank_from_environment
 
@@ -80,9 +78,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("hasten tune starts servers of its own; run it without torchrun and mpirun")
     options = engine_options(args, skip=_SKIP)
     engine = resolve_engine(EngineConfig.create(args.model, **options))
-    model = open_checkpoint(engine.model, dummy=torch.device("cpu")).config
-    if model.task != "generate":
-        raise UnsupportedError(f"{model.architecture} generates no text; hasten tune is for models that do")
+    model = text_model(engine, "hasten tune")
     engine.parallel.validate(model)
     engine.scheduler.validate(model)
     longest = engine.scheduler.max_model_len or model.max_position_embeddings or DEFAULT_MODEL_LEN

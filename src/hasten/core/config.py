@@ -106,7 +106,7 @@ class SchedulerConfig:
 
     def validate(self, model: ModelConfig) -> None:
         """Raise ConfigError if sequences may grow longer than `model` has positions."""
-        learned = model.max_position_embeddings if model.num_positions else None
+        learned = model.learned_positions
         require(
             self.max_model_len is None or learned is None or self.max_model_len <= learned,
             f"max_model_len {self.max_model_len} is more than the {learned} positions that the model has learned; "

@@ -355,6 +355,11 @@ class ModelConfig:
         return self.position_offset + (self.max_position_embeddings or 0) if self._has_learned_positions else 0
 
     @property
+    def learned_positions(self) -> int | None:
+        """The longest sequence of a model that has learned its positions; None where they are computed."""
+        return self.max_position_embeddings if self._has_learned_positions else None
+
+    @property
     def _has_learned_positions(self) -> bool:
         return self.attention.position == "learned"
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from hasten.bench.engines import text_model
 from hasten.bench.evaluation.options import ReportOptions
 from hasten.bench.lambada import Sample, read_samples
 from hasten.checkpoint.hub import resolve_engine, resolve_model
 from hasten.checkpoint.hugging_face import read_format
-from hasten.checkpoint.plan import open_checkpoint
 from hasten.core.config import EngineConfig
 from hasten.core.errors import ConfigError, UnsupportedError
 from hasten.core.model_config import ModelConfig
@@ -46,8 +46,8 @@ class Subject:
         """ConfigError or UnsupportedError for a model or options that cannot be reported on."""
         threads = limit_threads()
         engine = resolve_engine(EngineConfig.create(options.model, **options.engine))
-        model = open_checkpoint(engine.model, dummy=torch.device("cpu")).config
-        if model.task != "generate" or model.encoder is not None:
+        model = text_model(engine, "hasten report")
+        if model.encoder is not None:
             raise UnsupportedError(f"{model.architecture} is no decoder that continues texts; use hasten bench")
         engine.parallel.validate(model)
         engine.scheduler.validate(model)
@@ -117,7 +117,7 @@ def tenths(say: Callable[[str], None], total: int, what: str) -> Callable[[int],
 
 def _longest_sequence(engine: EngineConfig, model: ModelConfig) -> int | None:
     """Tokens of the longest sequence that options or learned positions allow; None: any."""
-    learned = model.max_position_embeddings if model.num_positions else None
+    learned = model.learned_positions
     return engine.scheduler.max_model_len or learned
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hasten.bench.charts import Picture
     from hasten.bench.engines import Engine
     from hasten.bench.peers import NotMeasured
+    from hasten.core.model_config import ModelConfig
     from hasten.core.types import SamplingParams
 
 # Hugging Face has no cache between calls; with it on, the untimed batch would also pay for a timed one
@@ -180,11 +181,38 @@ def hugging_face(
     return Measured([continuous] if args.hf_engine is not None else [padded, continuous])
 
 
+def text_model_of(args: argparse.Namespace, model: str, options: Mapping[str, Any]) -> "ModelConfig":
+    """The configuration of a model that is to be measured; UnsupportedError if it generates no text."""
+    from hasten.bench.engines import text_model
+    from hasten.checkpoint.hub import resolve_engine
+    from hasten.core.config import EngineConfig
+
+    return text_model(resolve_engine(EngineConfig.create(model, **options)), args.parser.prog)
+
+
+def require_room(model: "ModelConfig", what: str, max_len: int, advice: str) -> None:
+    """ConfigError, with advice, if sequences of a workload are longer than the positions that a model has learned."""
+    learned = model.learned_positions
+    if learned is not None and max_len > learned:
+        raise ConfigError(
+            f"{what} has sequences of {max_len} tokens, but the model has learned {learned} positions; {advice}"
+        )
+
+
 @contextmanager
 def engines_of(
-    args: argparse.Namespace, max_len: int, *, batch_size: int | None = None, hf_batch_size: int | None = None
+    args: argparse.Namespace,
+    what: str,
+    max_len: int,
+    *,
+    advice: str,
+    batch_size: int | None = None,
+    hf_batch_size: int | None = None,
 ) -> "Iterator[Measured]":
-    """The engines to measure."""
+    """The engines to measure on a workload of sequences of up to `max_len` tokens.
+
+    `what` names it, and `advice` says what to do where it does not fit the model.
+    """
     from hasten.bench.engines import HastenEngine, require_comparable
     from hasten.engine.llm import LLM, run_worker
     from hasten.parallel.threads import limit_threads
@@ -195,7 +223,11 @@ def engines_of(
     if comparing:
         require_comparable(sampling)
     defaults = COMPARED_DEFAULTS if comparing else ENGINE_DEFAULTS
-    options = engine_options(args, defaults={**defaults, "max_model_len": max_len})
+    options = engine_options(args, defaults=defaults)
+    model_config = text_model_of(args, args.model, options)
+    if options.get("max_model_len") is None:
+        require_room(model_config, what, max_len, advice)
+        options["max_model_len"] = max_len
     threads = limit_threads()
     if run_worker(args.model, **options):
         yield Measured([])

@@ -20,6 +20,7 @@ from hasten.cli.bench.common import (
     peers_of,
     require_writable,
     show_not_measured,
+    text_model_of,
     write_measured,
     write_plot,
 )
@@ -125,11 +126,11 @@ def run(args: argparse.Namespace) -> int:
 
             model = args.checkpoint_path or args.tokenizer_path
             options["tokenizer"] = args.tokenizer_path
+            if text_model_of(args, model, options).encoder is not None:
+                raise UnsupportedError(f"{model} has an encoder, and does not continue texts")
             if run_worker(model, **options):
                 return 0
             llm = stack.enter_context(LLM(model, **options))
-            if llm.config.encoder is not None:
-                raise UnsupportedError(f"{llm.config.architecture} has an encoder, and does not continue texts")
             hasten = HastenEngine(llm, sampling)
             measured = peers_of(args, args.tokenizer_path, hasten, options, sampling, threads=threads)
         results = _measure(args, measured.engines, samples, tokenizer)

@@ -83,7 +83,9 @@ def run_throughput(args: argparse.Namespace) -> int:
 
     workload = WORKLOADS[args.workload](args.num_requests)
     sizes = {"batch_size": args.batch_size, "hf_batch_size": args.hf_batch_size}
-    with engines_of(args, workload.max_len, **sizes) as measured:
+    shorter = [f"--workload {name}" for name, make in WORKLOADS.items() if make(None).max_len < workload.max_len]
+    advice = f"choose {' or '.join(shorter)}" if shorter else "`hasten bench latency` measures shorter ones"
+    with engines_of(args, f"workload {args.workload}", workload.max_len, advice=advice, **sizes) as measured:
         if not measured.engines:
             return 0
         results = throughput.measure(measured.engines, workload, measured.vocab_size, repetitions=args.repetitions)
@@ -104,7 +106,8 @@ def run_latency(args: argparse.Namespace) -> int:
     from hasten.bench.workloads import fixed
 
     workloads = [fixed(size, args.prompt_length, args.output_length) for size in args.batch_sizes]
-    with engines_of(args, args.prompt_length + args.output_length) as measured:
+    lengths, advice = args.prompt_length + args.output_length, "lower --prompt-length or --output-length"
+    with engines_of(args, args.parser.prog, lengths, advice=advice) as measured:
         if not measured.engines:
             return 0
         results = [

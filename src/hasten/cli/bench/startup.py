@@ -27,12 +27,14 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure starts."""
     from hasten.bench import plots, startup
+    from hasten.bench.engines import text_model
     from hasten.checkpoint.hub import resolve_engine
     from hasten.core.config import EngineConfig
 
     require_writable(args)
     options = engine_options(args)
     engine = resolve_engine(EngineConfig.create(args.model, **options))
+    text_model(engine, args.parser.prog)
     if engine.tokenizer is not None:
         options["tokenizer"] = engine.tokenizer
     options.pop("revision", None)

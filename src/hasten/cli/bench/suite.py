@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hasten.cli.bench.common import (
@@ -13,13 +13,16 @@ from hasten.cli.bench.common import (
     hf_options,
     options_of,
     require_writable,
+    text_model_of,
     write_plot,
 )
 from hasten.cli.options import Parser, add_engine_options, engine_options, positive
+from hasten.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from hasten.bench.suite import Plan
 
+_TESTS = "lat,fixed,lambada,tput"
 _DEFAULTS: Mapping[str, Any] = {
     **ENGINE_DEFAULTS,
     "max_model_len": 2048,
@@ -42,9 +45,9 @@ def add_parser(benches: "argparse._SubParsersAction[Parser]") -> None:
     add_model(parser, compare="measure Hugging Face after it, on all but tput and long")
     parser.add_argument(
         "--tests",
-        default="lat,fixed,lambada,tput",
+        default=_TESTS,
         metavar="NAMES",
-        help="which, in this order (default: lat,fixed,lambada,tput)",
+        help=f"which, in this order (default: {_TESTS}, less what is longer than positions that the model has learned)",
     )
     parser.add_argument(
         "--batch-sizes", type=positive, nargs="+", default=[16, 64, 256], metavar="N", help="fixed (default: 16 64 256)"
@@ -77,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
     tests = tuple(args.tests.split(","))
     lengths = {"max_model_len": long().max_len} if "long" in tests else {}
     options = engine_options(args, defaults={**_DEFAULTS, **lengths})
-    threads = limit_threads()
     plan = suite.Plan(
         tests=tests,
         batch_sizes=tuple(args.batch_sizes),
@@ -86,7 +88,14 @@ def run(args: argparse.Namespace) -> int:
         max_model_len=options["max_model_len"],
         max_num_seqs=options["max_num_seqs"],
     )
-    results = _of_hasten(args, options, plan)
+    learned = text_model_of(args, args.model, options).learned_positions
+    left_out: list[str] = []
+    if "max_model_len" not in engine_options(args):
+        plan, left_out = suite.fitting(plan, learned)
+        options["max_model_len"] = plan.max_model_len
+    _explain_left_out(args, plan, left_out, learned)
+    threads = limit_threads()
+    results = _of_hasten(args, options, plan, left_out)
     if results is None:
         return 0
     if args.compare:
@@ -95,14 +104,31 @@ def run(args: argparse.Namespace) -> int:
         report.print_json(results)
     else:
         suite.show(results)
-    write_plot(args, f"{results['model']}: {', '.join(tests)}", plots.suites(results), columns=2)
+    write_plot(args, f"{results['model']}: {', '.join(plan.tests)}", plots.suites(results), columns=2)
     failed = suite.errors(results)
     for name, text in failed.items():
         print(f"hasten: {name}: {text}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _of_hasten(args: argparse.Namespace, options: Mapping[str, Any], plan: "Plan") -> dict[str, Any] | None:
+def _explain_left_out(args: argparse.Namespace, plan: "Plan", left_out: Sequence[str], learned: int | None) -> None:
+    """Say what does not fit the model; ConfigError where it was named, or nothing is left."""
+    if not left_out:
+        return
+    why = f"longer sequences than the {learned} positions that the model has learned"
+    if not plan.tests:
+        raise ConfigError(
+            f"all of the suite has {why}; `hasten bench latency` measures shorter ones (--prompt-length, "
+            "--output-length)"
+        )
+    if args.tests != _TESTS:
+        raise ConfigError(f"{', '.join(left_out)}: {why}; say --tests {','.join(plan.tests)}")
+    print(f"hasten: left out: {', '.join(left_out)} ({why})", file=sys.stderr)
+
+
+def _of_hasten(
+    args: argparse.Namespace, options: Mapping[str, Any], plan: "Plan", left_out: Sequence[str]
+) -> dict[str, Any] | None:
     """The report of hasten; None on ranks but the first. The engine is gone when this returns."""
     from hasten.bench import report, schema, suite
     from hasten.bench.engines import HastenEngine, clock
@@ -121,6 +147,7 @@ def _of_hasten(args: argparse.Namespace, options: Mapping[str, Any], plan: "Plan
             "vocab_size": llm.config.vocab_size,
             "options": {**options, **options_of(args)},
             "environment": report.environment(llm.device, llm.dtype),
+            **({"left_out": left_out} if left_out else {}),
         }
         for entries in suite.measure(HastenEngine(llm), plan, llm.config.vocab_size):
             results |= entries
