@@ -125,7 +125,7 @@ def test_name_and_version_are_taken(world: World) -> None:
 def test_a_service_of_that_name_is_not_taken_over(world: World) -> None:
     spec = {"ports": [{"port": 80}]}
     world.store.write({"apiVersion": "v1", "kind": "Service", "metadata": {"name": NAME}, "spec": spec})
-    with pytest.raises(ExistsError, match=f"there is a Service {NAME} already"):
+    with pytest.raises(ExistsError, match=f"there is a Service {NAME} already: take another --name or --version"):
         world.backend.serve(serving())
     assert world.leftovers() == [f"Service/{NAME}"]
 

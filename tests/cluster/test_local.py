@@ -165,7 +165,7 @@ from pathlib import Path
 from hasten.cluster.local import state as local_state
 from hasten.cluster.local import backend as local
 folder = local_state.Folder(Path(sys.argv[1]) / "jobs/default/half")
-local_state.create(folder, json.loads(sys.argv[2]), local._new_state(1.0), {}, what="job")
+local_state.create(folder, json.loads(sys.argv[2]), local._new_state(1.0), {}, what="job", advice="")
 os.kill(os.getpid(), signal.SIGKILL)
 """
     with python(code, str(here.home), json.dumps(spec)) as submitter:
@@ -177,7 +177,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_supervisor_that_fails_says_why(here: Site) -> None:
     folder = here.folder("wrong")
-    start(*create(folder, {"plan": {}}, _new_state(time.time()), {}, what="job wrong"))
+    start(*create(folder, {"plan": {}}, _new_state(time.time()), {}, what="job wrong", advice=""))
     job = here.ended("wrong")
     assert job.status is Status.FAILED
     assert job.reason is not None

@@ -68,7 +68,7 @@ class StandIn:
                 **options,
             },
         )
-        start(*create(self.folder, self._spec(), _new_state(time.time()), {}, what="server"))
+        start(*create(self.folder, self._spec(), _new_state(time.time()), {}, what="server", advice=""))
 
     def _spec(self) -> dict[str, Any]:
         return spec_of(self.asked, self.plan)
@@ -222,7 +222,9 @@ def test_hasten_serves_a_model(here: Site, tmp_path: Path) -> None:
     ports: dict[str, Any] = {f"{name}_port": free_port() for name in ("http", "grpc", "metrics")}
     requested = TritonServer(name="demo", version="1", model_repository=str(tmp_path / "models"), **ports)
     here.backend.serve(requested)
-    with pytest.raises(ExistsError, match="server demo of version 1 exists"):
+    with pytest.raises(
+        ExistsError, match=r"server demo of version 1 exists in .*: update it, take another --version, or"
+    ):
         here.backend.serve(requested)
     with pytest.raises(ConfigError, match=f"--http-port {ports['http_port']} is a port of server demo@1"):
         here.backend.serve(replace(requested, version="2"))

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hasten.core.errors import ConfigError
 from hasten.core.option_fields import option
@@ -288,6 +288,9 @@ class Workload:
 class TrainingJob(Workload):
     """A command that runs to its end on one or several instances: `submit pytorchjob`."""
 
+    if_taken: ClassVar[str] = "take another name, or delete it"
+    """What to do where there is one of this name."""
+
     command: str = ""
     """For a shell, exactly as the user gave it."""
     workers: int = option(1, "instances, the master included")
@@ -339,6 +342,8 @@ class TrainingJob(Workload):
 class TritonServer(Workload):
     """Replicas that serve a repository of models over Triton's protocol: `serve triton`."""
 
+    if_taken: ClassVar[str] = "update it, take another --version, or delete it"
+    """What to do where there is one of this name and version."""
     version: str = option("", "version of the server (default: the time, YYYYMMDDHHMM)")
     replicas: int = option(1, "instances of the server")
     model_repository: str | None = option(None, "folder of the models, as its containers see it (required)")

@@ -28,7 +28,9 @@ def apply_all(cluster: Cluster, objects: Sequence[Object]) -> None:
     """As `create_all`, by server-side apply, so that hasten's fields can be distinguished from others' later on."""
     for body in objects:
         if cluster.find(cluster.resource_of(body), body["metadata"].get("namespace"), name_of(body)) is not None:
-            raise ExistsError(f"there is a {body['kind']} {name_of(body)} already: take another name, or delete it")
+            raise ExistsError(
+                f"there is a {body['kind']} {name_of(body)} already: take another --name or --version, or delete it"
+            )
 
     def apply(body: Object) -> Object:
         applied, new = cluster.apply(body)

@@ -156,7 +156,7 @@ class KubernetesBackend:
         if find_servers(self._cluster, server.namespace, server.name, server.version):
             raise ExistsError(
                 f"there is a server {server.name} of version {server.version} in namespace {server.namespace} already: "
-                "update it, take another --version, or delete it"
+                f"{server.if_taken}"
             )
         apply_all(self._cluster, objects)
 

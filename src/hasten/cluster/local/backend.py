@@ -83,7 +83,7 @@ class LocalBackend:
             for number, name in enumerate(plan.names)
         ]
         _warn(job, state, f"job/{job.name}")
-        lock = self._create(folder, _job_spec(job, plan), state, job, f"job {job.name}")
+        lock = self._create(folder, _job_spec(job, plan), state, job, f"job {job.name}", job.if_taken)
         try:
             if plan.gpus:
                 self._gpus.draw(folder, plan.gpus * len(plan.names))
@@ -146,7 +146,7 @@ class LocalBackend:
         with locked(self.home / "ports.lock"):
             if not folder.path.exists():
                 serving.check_ports(self.home, plan, folder)
-            lock = self._create(folder, serving.spec_of(server, plan), state, server, what)
+            lock = self._create(folder, serving.spec_of(server, plan), state, server, what, server.if_taken)
         _start_new(folder, lock, what)
 
     def update_server(self, name: str, version: str | None, namespace: str, update: ServerUpdate) -> None:
@@ -233,10 +233,12 @@ class LocalBackend:
             raise NotFoundError(f"there is no {what} in namespace {folder.namespace}")
         return state
 
-    def _create(self, folder: Folder, spec: dict[str, Any], state: State, workload: Workload, what: str) -> int:
+    def _create(
+        self, folder: Folder, spec: dict[str, Any], state: State, workload: Workload, what: str, advice: str
+    ) -> int:
         settled(folder)  # a job of that name may have outlived its time
         files = {str(copy.relative_to(folder.path)): source for copy, source, _ in config_files(workload, folder.path)}
-        return create(folder, spec, state, files, what=what)[1]
+        return create(folder, spec, state, files, what=what, advice=advice)[1]
 
     def _logs(self, folder: Folder, what: str, options: LogOptions) -> Iterator[str]:
         _refuse_container(options.container)

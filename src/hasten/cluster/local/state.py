@@ -317,11 +317,11 @@ def scratch(home: Path) -> Path:
 
 
 def create(
-    folder: Folder, spec: Mapping[str, Any], state: State, files: Mapping[str, Path], *, what: str
+    folder: Folder, spec: Mapping[str, Any], state: State, files: Mapping[str, Path], *, what: str, advice: str
 ) -> tuple[Folder, int]:
     """Make a job's or server's folder with all that is in it, in one step; returns it and its lock, which is held.
 
-    `files` are copied into it by their names. ExistsError where there is one.
+    `files` are copied into it by their names. ExistsError, with `advice`, where there is one.
     """
     with using(folder.path):
         draft = Folder(Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=scratch(folder.home))))
@@ -341,9 +341,7 @@ def create(
             os.close(lock)
         shutil.rmtree(draft.path, ignore_errors=True)
         if isinstance(error, OSError) and folder.path.exists():
-            raise ExistsError(
-                f"{what} exists in namespace {folder.namespace}: take another name, or delete it"
-            ) from None
+            raise ExistsError(f"{what} exists in namespace {folder.namespace}: {advice}") from None
         if isinstance(error, OSError):
             raise ClusterError(f"cannot write {folder.path}: {error.strerror}") from error
         raise
