@@ -141,10 +141,10 @@ class _Columns:
         return first
 
     def _values(self, name: str) -> list[Any]:
-        data = self.inputs[name].data.reshape(self.batch_size, -1)
-        if data.shape[1] != 1:
-            raise _wrong(0, name, f"has {data.shape[1]} values, but an item has one")
-        return list(data[:, 0].tolist())
+        data = self.inputs[name].data
+        if data.size != self.batch_size:
+            raise _wrong(0, name, f"has {data.size // self.batch_size} values, but an item has one")
+        return list(data.ravel().tolist())
 
 
 def _wrong(index: int, name: str, problem: str, kind: ErrorKind = ErrorKind.INVALID) -> ServiceError:
