@@ -1,5 +1,5 @@
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, cast
 
@@ -220,10 +220,11 @@ class Shelf:
     def find(self, name: str, version: int = -1) -> Any:
         shelf = self
 
-        class One:
+        class One(nullcontext[None]):
             number = 1
 
             def __init__(self) -> None:
+                super().__init__()
                 self.name = name
                 self.model = shelf.models[name]
                 self.config = parse_config(
@@ -232,9 +233,6 @@ class Shelf:
                     "x",
                 )
                 self.config.model_transaction_policy.decoupled = shelf.models[name].responses > 1
-
-            def use(self) -> AbstractContextManager[None]:
-                return nullcontext()
 
             def run(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
                 inputs = {tensor.name: tensor for tensor in request.inputs}

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -39,7 +39,7 @@ class State(StrEnum):
 
 
 class Version:
-    """One version of a model. What began before its end goes on to its own."""
+    """One version of a model. What began before its end goes on to its own: as a context it waits with that."""
 
     def __init__(
         self, description: Description, number: int, counters: ModelCounters, on_change: Callable[[], None]
@@ -103,24 +103,21 @@ class Version:
         """It cannot be loaded."""
         self.state, self.reason = State.UNAVAILABLE, reason
 
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """Keep it from ending meanwhile."""
+    def __enter__(self) -> None:
         self._users += 1
         self._unused.clear()
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if self._users == 0:
-                self._unused.set()
+
+    def __exit__(self, *error: object) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._unused.set()
 
     async def run(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """The responses to a request, checked and counted. Raises ServiceError alone."""
         work = self._rules.work(request)
         responses = self.model.execute(work)
         tally = Tally(self._counters, work.clock, work.batch_size, decoupled=is_decoupled(self.config))
-        with self.use():
+        with self:
             try:
                 async with aclosing(responses):
                     async for response in responses:
@@ -145,7 +142,7 @@ class Version:
         """
         clock = Clock(begun)
         clock.prepare()
-        return Tally(self._counters, clock, items, decoupled=stream, using=self.use())
+        return Tally(self._counters, clock, items, decoupled=stream, using=self)
 
     async def end(self, timeout: float) -> None:
         """Let its requests finish, for up to `timeout` seconds, and free what it holds."""

@@ -179,7 +179,7 @@ class PooledTextModel(DependentModel):
     async def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         """One response."""
         served = self.find()
-        with served.use():
+        with served:
             call = PoolingCall(self.token_engine(served), work.queueing)
             results = await self._results(call, work)
             work.clock.wait(max(result.queue_seconds for result in results))

@@ -47,7 +47,7 @@ class Ensemble(Model):
         with ExitStack() as held:
             served = [self._models.find(step.model_name, step.model_version) for step in self._steps]
             for each in served:  # all from the beginning: one that is unloaded meanwhile still has its turn
-                held.enter_context(each.use())
+                held.enter_context(each)
             async with aclosing(self._run(list(zip(self._steps, served, strict=True)), work.inputs, work)) as results:
                 async for tensors, final in results:
                     work.clock.compute()

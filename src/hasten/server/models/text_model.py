@@ -199,7 +199,7 @@ class TextModel(DependentModel):
     async def execute(self, work: Work) -> AsyncGenerator[InferResponse, None]:
         """One response, or with `stream` one whenever there is more."""
         served = self.find()
-        with served.use():
+        with served:
             engine = self.token_engine(served)
             request = read_text(work, engine.info)
             if request.stream and not self._decoupled:
