@@ -23,7 +23,7 @@ class RoundedRows:
     numbers: Tensor
     """[t, digits * padded h] of 8 bits, as the device's products read them."""
     units_t: Tensor
-    """[t] in fp32: what each token's numbers are multiples of; or [t, g], those of equal groups of them."""
+    """[t] in fp32: what each token's numbers are multiples of."""
     shape: tuple[int, int]
     """(t, h)."""
     dtype: torch.dtype

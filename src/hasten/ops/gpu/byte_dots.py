@@ -1,10 +1,12 @@
 """One row's product with a weight of 8 or 4 bits, by the instruction that multiplies four bytes by four and adds up.
 
-The row is rounded before, to int8 or to 15 bits in two int8 digits (`row_rounding.py`); nibbles become bytes in two or
-three instructions for eight of them. Sums within a group of input features are exact. Each thread reads its weights
-from memory into registers, the first of them before the rounded row is there.
+Where the scheme rounds inputs to int8, the row is rounded before (`row_rounding.py`). Else each thread rounds what it
+multiplies, 16 or 32 neighbouring inputs, to 15 bits in two int8 digits with a unit of their own, which takes no kernel
+ahead and no other thread. Nibbles become bytes in two or three instructions for eight of them. Sums within a group of
+input features are exact. Each thread reads its weights from memory into registers, the first of them before the row is
+there.
 
-Shapes: N output features, W words of 32 bits a feature; a row [D digits, 1 or with nibbles 2 halves, W].
+Shapes: N output features, W words of 32 bits a feature, Q = W / 4 of which a thread takes four at a time.
 """
 
 from dataclasses import dataclass
@@ -14,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hasten.ops.gpu.eight_bits import whole
 from hasten.ops.gpu.endings import Projection, store_sums, targets, widths
 from hasten.ops.gpu.launch import overlapped, start_next, wait_for_inputs
 from hasten.ops.gpu.row_rounding import round_rows
 from hasten.ops.packed import PackedLinear
-from hasten.ops.rounding import BASE, Inputs
+from hasten.ops.rounding import BASE, LARGEST_OF_DIGITS, Inputs
 
 _BASE = tl.constexpr(BASE)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -30,6 +33,33 @@ _HIGH, _MIDDLES = tl.constexpr(-0x0F0F0F10), tl.constexpr(-0x7F7F7F80)
 _ONES = tl.constexpr(0x01010101)
 _ONES_OF_BYTES, _ONES_OF_NIBBLES = tl.constexpr(-0x7E7E7E7F), tl.constexpr(-0x66666667)
 """Words of bytes, and of nibbles, that are all 1, or 1 above their middle."""
+_LARGEST = tl.constexpr(LARGEST_OF_DIGITS - 1)
+"""Of a thread's numbers: 1 less than digits hold, since the inverse of its unit is not exact."""
+_LEAST = tl.constexpr(1e-30)
+"""Greatest magnitude that a thread's unit is made for; smaller inputs are multiples of that unit, too."""
+_TO_DIGITS = tl.constexpr("""{
+    .reg .f32 a, b, c, d;
+    .reg .b32 s, t, u, v;
+    fma.rn.f32 a, $2, $6, 0f4B400040;
+    fma.rn.f32 b, $3, $6, 0f4B400040;
+    fma.rn.f32 c, $4, $6, 0f4B400040;
+    fma.rn.f32 d, $5, $6, 0f4B400040;
+    mov.b32 s, a;
+    mov.b32 t, b;
+    mov.b32 u, c;
+    mov.b32 v, d;
+    prmt.b32 s, s, t, 0x5410;
+    prmt.b32 u, u, v, 0x5410;
+    prmt.b32 t, s, u, 0x6420;
+    lop3.b32 t, t, 0x7f7f7f7f, 0x40404040, 0x6a;
+    shl.b32 v, t, 1;
+    lop3.b32 $1, t, v, 0x80808080, 0xf8;
+    shl.b32 s, s, 1;
+    shl.b32 u, u, 1;
+    prmt.b32 $0, s, u, 0x7531;
+}""")
+"""`_digits` of four inputs. A number and 64, added to 1.5 * 2^23, is in the low 16 bits of that: the high digit is in
+bits 7 to 14, and the low one is bits 0 to 6 less 64, which is to flip bit 6 and to repeat it as the sign."""
 
 
 @triton.jit
@@ -59,23 +89,13 @@ def _high_nibbles(words):
 
 
 @triton.jit
-def _dot16(a, b, total):
-    """`total` [n, w / 4] and the products of each four words of `a` [n, w], which a thread holds, with those of `b`."""
-    low, high = _halved(a), _halved(b)
-    return _dot_pairs(low[1], high[1], _dot_pairs(low[0], high[0], total))
+def _halved(words, NIBBLES: tl.constexpr):
+    """Each four words of [n, w] as two pairs [n, w / 4, 2]: with NIBBLES every second, else neighbours.
 
-
-@triton.jit
-def _halved(words):
-    """[n, w] as two tensors of pairs [n, w / 4, 2]."""
-    return tl.split(words.reshape([words.shape[0], words.shape[1] // 4, 2, 2]))
-
-
-@triton.jit
-def _dot_pairs(a, b, total):
-    a1, a2 = tl.split(a)
-    b1, b2 = tl.split(b)
-    return _dot4(a2, b2, _dot4(a1, b1, total))
+    So both pairs are multiplied by inputs of which a thread has read 16 bytes at a time.
+    """
+    fours = words.reshape([words.shape[0], words.shape[1] // 4, 2, 2])
+    return tl.split(fours) if NIBBLES else tl.split(fours.permute(0, 1, 3, 2))
 
 
 @triton.jit
@@ -85,27 +105,138 @@ def _read(start, at, WORDS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _products(
-    words, x, at, total, WORDS: tl.constexpr, BLOCK: tl.constexpr, NIBBLES: tl.constexpr, CENTRED: tl.constexpr
-):
-    """`total` [n, BLOCK / 4] and the products of a block of words with one digit of the row.
+def _input(four, AT: tl.constexpr, dtype: tl.constexpr):
+    """One of four neighbouring inputs of 16 bits, in fp32."""
+    return (four >> (16 * AT)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _magnitudes(four, dtype: tl.constexpr):
+    """The greatest magnitude of each two times four inputs [1, q, 2], as bits of fp32: [1, q]; NaN is the greatest."""
+    top = tl.zeros_like(four).to(tl.int32)
+    for at in tl.static_range(4):
+        top = tl.maximum(top, _input(four, at, dtype).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return tl.max(top, 2)
+
+
+@triton.jit
+def _digits(a, b, c, d, inverse):
+    """The high and the low digits of `number * inverse`, in bytes of words whose first is that of `a`."""
+    if _INTERPRETED:
+        high, low = tl.zeros_like(a).to(tl.int32), tl.zeros_like(a).to(tl.int32)
+        for byte in tl.static_range(4):
+            value = a if byte == 0 else b if byte == 1 else c if byte == 2 else d
+            number = whole(tl.where(inverse > 0, value * inverse, 0.0)).to(tl.int32)  # NaN is no integer
+            first = (number + _BASE // 2) >> 7
+            high |= (first & 255) << (8 * byte)
+            low |= ((number - first * _BASE) & 255) << (8 * byte)
+    else:
+        high, low = tl.inline_asm_elementwise(
+            _TO_DIGITS, "=r,=r,r,r,r,r,r", [a, b, c, d, inverse], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    return high, low
+
+
+@triton.jit
+def _four_inputs(x, at, INPUTS: tl.constexpr, WHOLE: tl.constexpr):
+    """Inputs by fours [1, q, 2]; zeros behind the row."""
+    return tl.load(x + at) if WHOLE else tl.load(x + at, at < INPUTS // 4, 0)
+
+
+@triton.jit
+def _rounded(x, quad, dtype: tl.constexpr, INPUTS: tl.constexpr, WHOLE: tl.constexpr, NIBBLES: tl.constexpr):
+    """What each of `quad`'s four words of a weight are multiplied by: high digits, low ones, and units [1, q].
+
+    Digits are words [1, q, 2] for each of the words of `_halved`, with nibbles for its low and its high nibbles. Of 16
+    words, which hold 128 columns by `pack_nibbles`, word i has the low and high nibbles of columns 2i, 2i + 64, 2i + 1
+    and 2i + 65, and of those 32 behind.
+    """
+    pair = tl.arange(0, 2)[None, None, :]
+    quad = quad[None, :, None]
+    if NIBBLES:
+        at = quad // 4 * 32 + quad % 4 * 2 + pair
+        x0 = _four_inputs(x, at, INPUTS, WHOLE)
+        x1 = _four_inputs(x, at + 8, INPUTS, WHOLE)
+        x2 = _four_inputs(x, at + 16, INPUTS, WHOLE)
+        x3 = _four_inputs(x, at + 24, INPUTS, WHOLE)
+        top = tl.maximum(_magnitudes(x0, dtype), _magnitudes(x1, dtype))
+        top = tl.maximum(top, tl.maximum(_magnitudes(x2, dtype), _magnitudes(x3, dtype)))
+    else:
+        at = quad * 4 + pair
+        x0 = _four_inputs(x, at, INPUTS, WHOLE)
+        x1 = _four_inputs(x, at + 2, INPUTS, WHOLE)
+        top = tl.maximum(_magnitudes(x0, dtype), _magnitudes(x1, dtype))
+    greatest = top.to(tl.float32, bitcast=True)
+    greatest = tl.where(greatest < float("inf"), tl.maximum(greatest, _LEAST), float("nan"))
+    inverse = tl.broadcast_to((1.0 / greatest * _LARGEST)[:, :, None], x0.shape)
+    if NIBBLES:
+        h0, l0 = _digits_of_columns(x0, x2, 0, inverse, dtype)
+        h1, l1 = _digits_of_columns(x1, x3, 0, inverse, dtype)
+        h2, l2 = _digits_of_columns(x0, x2, 2, inverse, dtype)
+        h3, l3 = _digits_of_columns(x1, x3, 2, inverse, dtype)
+    else:
+        h0, l0 = _digits_of_four(x0, inverse, dtype)
+        h1, l1 = _digits_of_four(x1, inverse, dtype)
+    high = (h0, h1, h2, h3) if NIBBLES else (h0, h1)
+    low = (l0, l1, l2, l3) if NIBBLES else (l0, l1)
+    return high, low, greatest * (1 / _LARGEST)
+
+
+@triton.jit
+def _digits_of_four(four, inverse, dtype: tl.constexpr):
+    return _digits(
+        _input(four, 0, dtype), _input(four, 1, dtype), _input(four, 2, dtype), _input(four, 3, dtype), inverse
+    )
+
+
+@triton.jit
+def _digits_of_columns(four, other, AT: tl.constexpr, inverse, dtype: tl.constexpr):
+    """Those of two neighbours of `four`, each followed by that 64 columns behind it."""
+    return _digits(
+        _input(four, AT, dtype), _input(other, AT, dtype),
+        _input(four, AT + 1, dtype), _input(other, AT + 1, dtype), inverse,
+    )  # fmt: skip
+
+
+@triton.jit
+def _stored(x, at, WORDS: tl.constexpr, BLOCK: tl.constexpr, NIBBLES: tl.constexpr):
+    """One digit of a rounded row, in words as `_rounded` returns them."""
+    a, b = _halved(_read(x + at[None, :], at, WORDS, BLOCK), NIBBLES)
+    if NIBBLES:
+        c, d = _halved(_read(x + WORDS + at[None, :], at, WORDS, BLOCK), NIBBLES)
+    return (a, c, b, d) if NIBBLES else (a, b)
+
+
+@triton.jit
+def _products(a, b, digits, total, NIBBLES: tl.constexpr, CENTRED: tl.constexpr):
+    """`total` [n, q, 2] and the products of both halves of words with one digit of the row.
 
     With CENTRED, values count from their middle, as those of nibbles always do, and sixteenfold.
     """
-    x_w = _read(x + at[None, :], at, WORDS, BLOCK)
     if NIBBLES:
-        total = _dot16(_high_nibbles(words << 4), x_w, total)
-        total = _dot16(_high_nibbles(words), _read(x + WORDS + at[None, :], at, WORDS, BLOCK), total)
+        total = _dot4(_high_nibbles(a << 4), digits[0], total)
+        total = _dot4(_high_nibbles(a), digits[1], total)
+        total = _dot4(_high_nibbles(b << 4), digits[2], total)
+        total = _dot4(_high_nibbles(b), digits[3], total)
     else:
-        total = _dot16(words ^ _MIDDLES if CENTRED else words, x_w, total)
+        total = _dot4(a ^ _MIDDLES if CENTRED else a, digits[0], total)
+        total = _dot4(b ^ _MIDDLES if CENTRED else b, digits[1], total)
     return total
+
+
+@triton.jit
+def _sums(a, b, high, low, NIBBLES: tl.constexpr, CENTRED: tl.constexpr):
+    """The products of both halves of words with numbers of two digits: [n, q]."""
+    nothing = tl.zeros([a.shape[0], high[0].shape[1], 2], tl.int32)
+    sums = _products(a, b, high, nothing, NIBBLES, CENTRED) * _BASE
+    return tl.sum(_products(a, b, low, sums, NIBBLES, CENTRED), 2)
 
 
 @triton.jit
 def _of_groups(
     scales,
     zeros,
-    fours,
+    quad,
     row,
     N,
     WORDS: tl.constexpr,
@@ -115,8 +246,8 @@ def _of_groups(
     HAS_ZEROS: tl.constexpr,
 ):
     """Scales, and zero points less CENTRE, of four words each of rows; what is behind a row is scaled by zero."""
-    at = (fours * 4 // GROUP).to(tl.int64)[None, :] * N + row[:, None]
-    inside = (fours < WORDS // 4)[None, :]
+    at = (quad * 4 // GROUP).to(tl.int64)[None, :] * N + row[:, None]
+    inside = (quad < WORDS // 4)[None, :]
     zero = tl.load(zeros + at, inside, 0).to(tl.int32) if HAS_ZEROS else MIDDLE
     return tl.load(scales + at, inside, 0.0), zero - CENTRE
 
@@ -136,7 +267,7 @@ def _one_row(
     inverses,
     N,
     WORDS: tl.constexpr,
-    STRIDE: tl.constexpr,
+    INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
     DIGITS: tl.constexpr,
     NIBBLES: tl.constexpr,
@@ -155,66 +286,62 @@ def _one_row(
 ):
     """Each program multiplies the row with ROWS rows of the weight, BLOCK words at a time.
 
-    Digits of the row lie STRIDE words apart. With GROUP above 0, so many words of the weight have a scale of their own.
-    With NIBBLES each 16 words have a unit of the row.
+    With DIGITS above 0, `x` is words of so many digits, INPUTS words each, which have one unit; else INPUTS numbers of
+    16 bits by fours. With GROUP above 0, so many words of the weight have a scale of their own.
     """
+    dtype: tl.constexpr = out.dtype.element_ty
+    one: tl.constexpr = _ONES_OF_NIBBLES if NIBBLES else _ONES_OF_BYTES if CENTRE else _ONES
     start_next(PDL)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.where(n < N, n, 0)
     at = tl.arange(0, BLOCK)
-    four = tl.arange(0, BLOCK // 4)
+    quad = tl.arange(0, BLOCK // 4)
     start = weight + row.to(tl.int64)[:, None] * WORDS + at[None, :]
     next_words = _read(start, at, WORDS, BLOCK)
     if GROUP > 0:
-        next_scale, next_zero = _of_groups(scales, zeros, four, row, N, WORDS, GROUP, MIDDLE, CENTRE, HAS_ZEROS)
-        total = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+        next_scale, next_zero = _of_groups(scales, zeros, quad, row, N, WORDS, GROUP, MIDDLE, CENTRE, HAS_ZEROS)
     else:
         scale_n = tl.load(scales + row)
-        high = tl.zeros([ROWS, BLOCK // 4], tl.int32)
-        low = tl.zeros([ROWS, BLOCK // 4], tl.int32)
     if HAS_BIAS:
         bias_n = tl.load(bias + row).to(tl.float32)
     wait_for_inputs(PDL)
-    if not NIBBLES:
-        unit = tl.load(units)
+    exact = tl.zeros([ROWS, BLOCK // 4, 2], tl.int32)
+    total = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     for offset in tl.static_range(0, WORDS, BLOCK):
-        words = next_words
-        here = at + offset
+        a, b = _halved(next_words, NIBBLES)
         if GROUP > 0:
             scale, zero = next_scale, next_zero
         if offset + BLOCK < WORDS:
-            next_words = _read(start + (offset + BLOCK), here + BLOCK, WORDS, BLOCK)
+            next_words = _read(start + (offset + BLOCK), at + (offset + BLOCK), WORDS, BLOCK)
             if GROUP > 0:
-                fours = four + (offset + BLOCK) // 4
                 next_scale, next_zero = _of_groups(
-                    scales, zeros, fours, row, N, WORDS, GROUP, MIDDLE, CENTRE, HAS_ZEROS
+                    scales, zeros, quad + (offset + BLOCK) // 4, row, N, WORDS, GROUP, MIDDLE, CENTRE, HAS_ZEROS
                 )
-        if GROUP > 0:
-            nothing = tl.zeros([ROWS, BLOCK // 4], tl.int32)
-            sums = _products(words, x, here, nothing, WORDS, BLOCK, NIBBLES, CENTRE > 0) * _BASE
-            sums = _products(words, x + STRIDE, here, sums, WORDS, BLOCK, NIBBLES, CENTRE > 0)
-            if HAS_ZEROS or MIDDLE != CENTRE:
-                ones = tl.full(
-                    [1, BLOCK], _ONES_OF_NIBBLES if NIBBLES else _ONES_OF_BYTES if CENTRE else _ONES, tl.int32
-                )
-                nothing = tl.zeros([1, BLOCK // 4], tl.int32)
-                inputs = _products(ones, x, here, nothing, WORDS, BLOCK, NIBBLES, CENTRE > 0) * _BASE
-                sums -= zero * _products(ones, x + STRIDE, here, inputs, WORDS, BLOCK, NIBBLES, CENTRE > 0)
-            if NIBBLES:
-                quad = (four + offset // 4) // 4  # of four words each, the 128 columns of a unit
-                scale *= tl.load(units + quad, quad < WORDS // 16, 0.0)[None, :]
-            total += sums.to(tl.float32) * scale
+        if DIGITS == 0:
+            end = (offset + BLOCK) * (8 if NIBBLES else 4)
+            high, low, unit = _rounded(x, quad + offset // 4, dtype, INPUTS, end <= INPUTS, NIBBLES)
         else:
-            high = _products(words, x, here, high, WORDS, BLOCK, NIBBLES, False)
+            high = _stored(x, at + offset, WORDS, BLOCK, NIBBLES)
             if DIGITS == 2:
-                low = _products(words, x + STRIDE, here, low, WORDS, BLOCK, NIBBLES, False)
-    if GROUP > 0:
-        value = tl.sum(total, 1) * (1 / 16 if NIBBLES else unit)
-    else:
-        value = tl.sum(high, 1).to(tl.float32)
-        if DIGITS == 2:
-            value = value * _BASE + tl.sum(low, 1).to(tl.float32)
-        value *= scale_n * unit
+                low = _stored(x + INPUTS, at + offset, WORDS, BLOCK, NIBBLES)
+        if DIGITS == 1:
+            exact = _products(a, b, high, exact, NIBBLES, False)
+        else:
+            sums = _sums(a, b, high, low, NIBBLES, CENTRE > 0)
+            if HAS_ZEROS or MIDDLE != CENTRE:
+                ones = tl.full([1, 1, 1], one, tl.int32)
+                sums -= zero * _sums(ones, ones, high, low, NIBBLES, CENTRE > 0)
+            value = sums.to(tl.float32)
+            if DIGITS == 0:
+                value *= unit
+            total += value * scale if GROUP > 0 else value
+    value = tl.sum(tl.sum(exact, 2), 1).to(tl.float32) if DIGITS == 1 else tl.sum(total, 1)
+    if GROUP == 0:
+        value *= scale_n
+    if NIBBLES:
+        value *= 1 / 16
+    if DIGITS > 0:
+        value *= tl.load(units)
     if HAS_BIAS:
         value += bias_n
     m = tl.arange(0, 1)
@@ -232,9 +359,12 @@ class Cut:
     warps: int
 
 
-_BYTES, _NIBBLES = Cut(4, 512, 4), Cut(4, 1024, 8)
-"""Measured choices: docs/performance-log.md."""
+_FROM_DIGITS, _NIBBLES_FROM_DIGITS = Cut(4, 512, 4), Cut(4, 1024, 8)
+_ROUNDING, _LONG_ROUNDING = Cut(8, 512, 4), Cut(8, 256, 2)
+"""Of programs that round what they multiply; the second of nibbles that one block of the first does not hold."""
 _HALF_BYTE = 128
+_FOUR = 4
+"""Inputs of 16 bits that are read as one number."""
 _VECTOR = 16
 """Bytes of a weight that a thread reads at once, all of one group."""
 
@@ -272,12 +402,23 @@ def _weights(weight: PackedLinear) -> _Weights:
     )
 
 
+def _cut(weights: _Weights, digits: int) -> Cut:
+    """Measured choices: docs/performance-log.md."""
+    if digits > 0:
+        return _NIBBLES_FROM_DIGITS if weights.nibbles else _FROM_DIGITS
+    return _LONG_ROUNDING if weights.nibbles and weights.words.shape[1] > _ROUNDING.block else _ROUNDING
+
+
 def serves(rows: int, dtype: torch.dtype, weight: PackedLinear) -> bool:
     """Whether `product` takes this weight, and there is a single row of a type that it takes."""
-    if rows != 1 or (weight.inputs is None and dtype == torch.float32):
+    if rows != 1:
+        return False
+    if weight.inputs is not None:
+        return weight.inputs == torch.int8
+    if dtype == torch.float32:
         return False
     if weight.grouped is None:
-        return weight.plain is not None and weight.plain.dtype == torch.int8
+        return weight.plain is not None and weight.plain.dtype == torch.int8 and weight.in_features % _FOUR == 0
     group = weight.grouped.group_size
     return group % (128 if weight.grouped.is_packed else _VECTOR) == 0
 
@@ -287,20 +428,25 @@ def product(
 ) -> Tensor:
     """[1, o] in the type of `x_1h`, with `to` the queries alone."""
     weights = _weights(weight)
-    nibbles = weights.nibbles
-    x_1k = weight.grouped.columns.of(x_1h) if weight.grouped is not None and isinstance(x_1h, Tensor) else x_1h
-    numbers, units_t = round_rows(x_1k, weight.inputs, nibbles=nibbles)
     features, words = weights.words.shape
-    cut = _NIBBLES if nibbles else _BYTES
+    if weight.inputs is None and isinstance(x_1h, Tensor):
+        x_1k = x_1h if weight.grouped is None else weight.grouped.columns.of(x_1h)
+        digits, inputs = 0, x_1k.shape[1]
+        numbers = units_t = x_1k.view(torch.int64)
+    else:
+        numbers, units_t = round_rows(x_1h, weight.inputs)
+        numbers = numbers.view(torch.int32)
+        digits = 2 if weight.inputs is None else 1
+        inputs = numbers.shape[1] // digits
+    cut = _cut(weights, digits)
     block = min(cut.block, triton.next_power_of_2(words))
-    digits = 2 if weight.inputs is None else 1
-    out = units_t.new_empty(1, features if to is None else to.queries, dtype=x_1h.dtype)
+    out = weights.scales.new_empty(1, features if to is None else to.queries, dtype=x_1h.dtype)
     _one_row[(triton.cdiv(features, cut.rows),)](
-        numbers.view(torch.int32), units_t, weights.words, weights.scales, weights.zeros,
+        numbers, units_t, weights.words, weights.scales, weights.zeros,
         out if bias_o is None else bias_o, out, *targets(to, out), features,
-        WORDS=words, STRIDE=numbers.shape[1] // digits // 4, DIGITS=digits, ROWS=cut.rows, BLOCK=block,
-        GROUP=weights.group, NIBBLES=nibbles, MIDDLE=weights.middle, CENTRE=weights.centre, HAS_ZEROS=weights.has_zeros,
-        HAS_BIAS=bias_o is not None, ACTIVATION=activation, **widths(to),
+        WORDS=words, INPUTS=inputs, DIGITS=digits, ROWS=cut.rows, BLOCK=block,
+        GROUP=weights.group, NIBBLES=weights.nibbles, MIDDLE=weights.middle, CENTRE=weights.centre,
+        HAS_ZEROS=weights.has_zeros, HAS_BIAS=bias_o is not None, ACTIVATION=activation, **widths(to),
         num_warps=min(cut.warps, max(1, block // 128)), **overlapped(out),
     )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ from hasten.ops.gpu.exchange import exchange_norm
 from hasten.ops.gpu.launch import multiprocessors, overlapped, row_warps, start_next, wait_for_inputs
 from hasten.ops.gpu.library import with_room
 from hasten.ops.gpu.quantized import rounding_for
-from hasten.ops.gpu.row_rounding import store_rounded, store_units
+from hasten.ops.gpu.row_rounding import store_rounded
 from hasten.ops.gpu.sums import constants_of, terms_of
 from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight
 from hasten.ops.partial_sum import PartialSum
@@ -143,8 +143,7 @@ def _add_norm(
     y = normed(x, valid, gain, shift, eps, H, RMS).to(weight.dtype.element_ty)
     if DIGITS > 0:
         value = tl.where(valid, y, 0.0).to(tl.float32)
-        unit = store_rounded(value, row, h, out, WIDTH, LARGEST, DIGITS, NIBBLES)
-        store_units(unit, row, units, WIDTH, BLOCK_H, NIBBLES)
+        tl.store(units + row, store_rounded(value, row, h, out, WIDTH, LARGEST, DIGITS, NIBBLES))
     else:
         tl.store(out + row * H + h, y, valid)
 

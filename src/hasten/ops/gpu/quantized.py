@@ -33,13 +33,16 @@ def rounding_for(reader: PackedLinear, shape: tuple[int, int], like: Tensor) -> 
 
     `shape` is that of the rows, and `like` has their type and device.
     """
-    if not holds(reader) or (reader.grouped is not None and not reader.grouped.columns.are_inputs):
+    if not holds(reader):
         return None
-    for_bytes = byte_dots.serves(shape[0], like.dtype, reader)
-    several = reader.grouped is None and rounded.serves(shape[0], like.dtype, reader, split=False)
-    if reader.inputs is None and not for_bytes and not several:
-        return None
-    return rounding_of(shape, like, reader.inputs, nibbles=reader.grouped is not None and reader.grouped.is_packed)
+    alone = byte_dots.serves(shape[0], like.dtype, reader)
+    if reader.grouped is not None:
+        rounds = alone and reader.grouped.is_packed and reader.grouped.columns.are_inputs
+    else:
+        # a single row with a weight in int8 is rounded where it is multiplied
+        several = not alone and rounded.serves(shape[0], like.dtype, reader, split=False)
+        rounds = reader.inputs is not None or several
+    return rounding_of(shape, like, reader.inputs, nibbles=reader.grouped is not None) if rounds else None
 
 
 def product(

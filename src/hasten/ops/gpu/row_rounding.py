@@ -18,8 +18,6 @@ _BASE = tl.constexpr(BASE)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _ALIGNED = 128
 """Input features are padded with zeros to a multiple of this."""
-_GROUP = tl.constexpr(128)
-"""Input features of a unit where weights have 4 bits."""
 _FEW_ROWS = 64
 """Most rows whose rounding takes as many threads as there are; more rows fill the device with fewer threads each."""
 
@@ -72,16 +70,6 @@ def store_rounded(
 
 
 @triton.jit
-def store_units(unit, row, units, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, NIBBLES: tl.constexpr):
-    """Store the unit of a whole row: with NIBBLES that of each of its groups."""
-    if NIBBLES:
-        group = tl.arange(0, BLOCK_K // _GROUP)
-        tl.store(units + row * (WIDTH // _GROUP) + group, tl.zeros_like(group) + unit, group < WIDTH // _GROUP)
-    else:
-        tl.store(units + row, unit)
-
-
-@triton.jit
 def _round_rows(
     x,
     numbers,
@@ -96,14 +84,14 @@ def _round_rows(
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Round a row's inputs, or BLOCK_K of them that have a unit of their own; zeros follow them up to WIDTH.
+    """Round a row's inputs; zeros follow them up to WIDTH.
 
     With ACTIVATION, what is rounded is that of the row, in the type of the row; with GATED, that of its first half
     times its second.
     """
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = tl.arange(0, BLOCK_K)
     wait_for_inputs(PDL)
     start = x + row * (2 * K if GATED else K) + k
     value = tl.load(start, k < K, 0.0).to(tl.float32)
@@ -112,8 +100,7 @@ def _round_rows(
         if GATED:
             value *= tl.load(start + K, k < K, 0.0).to(tl.float32)
         value = tl.where(k < K, value, 0.0).to(x.dtype.element_ty).to(tl.float32)
-    unit = store_rounded(value, row, k, numbers, WIDTH, LARGEST, DIGITS, NIBBLES)
-    tl.store(units + row * tl.num_programs(1) + tl.program_id(1), unit)
+    tl.store(units + row, store_rounded(value, row, k, numbers, WIDTH, LARGEST, DIGITS, NIBBLES))
 
 
 def padded(features: int) -> int:
@@ -129,39 +116,36 @@ class Rounding:
     constants: dict[str, Any]
 
 
-def rounding_of(shape: tuple[int, int], like: Tensor, inputs: torch.dtype | None, *, nibbles: bool) -> Rounding:
-    """Memory for rows of a shape in the type of `like`, rounded to `inputs`, or to two digits where that is None."""
+def rounding_of(shape: tuple[int, int], like: Tensor, inputs: torch.dtype | None, *, nibbles: bool = False) -> Rounding:
+    """Memory for rows of a shape in the type of `like`, rounded to `inputs`, or to two digits where that is None.
+
+    `nibbles`: each digit in the order that weights of 4 bits are multiplied in, see `_nibble_index`.
+    """
     rows, width = shape
     digits, wide = 2 if inputs is None else 1, padded(width)
     numbers = like.new_empty(rows, digits * wide, dtype=inputs or torch.int8)
     largest = LARGEST_OF_DIGITS if inputs is None else LARGEST[inputs]
     constants = {"WIDTH": wide, "LARGEST": largest, "DIGITS": digits, "NIBBLES": nibbles}
-    units_t = like.new_empty((rows, wide // _GROUP.value) if nibbles else (rows,), dtype=torch.float32)
+    units_t = like.new_empty(rows, dtype=torch.float32)
     return Rounding(RoundedRows(numbers, units_t, shape, like.dtype), constants)
 
 
 def round_rows(
-    x_th: Inputs,
-    inputs: torch.dtype | None,
-    *,
-    nibbles: bool = False,
-    activation: str | None = None,
-    gated: bool = False,
+    x_th: Inputs, inputs: torch.dtype | None, *, activation: str | None = None, gated: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Numbers, [t, digits * padded h] of 8 bits, and units, [t] in fp32: of `inputs`, or of two digits where None.
 
-    `nibbles`: each digit in the order that weights of 4 bits are multiplied in, see `_nibble_index`, and units [t, g],
-    of 128 input features each, so that no program waits for a whole row. With `activation`, that of `x_th` is rounded;
-    with `gated`, that of the first half of each row times the second. What is rounded already stays as it is.
+    With `activation`, that of `x_th` is rounded; with `gated`, that of the first half of each row times the second.
+    What is rounded already stays as it is.
     """
     if isinstance(x_th, RoundedRows):
         return x_th.numbers, x_th.units_t
     assert x_th.is_contiguous()
     rows, width = x_th.shape[0], x_th.shape[1] // (2 if gated else 1)
-    rounding = rounding_of((rows, width), x_th, inputs, nibbles=nibbles)
+    rounding = rounding_of((rows, width), x_th, inputs)
     numbers, units_t = rounding.rows.numbers, rounding.rows.units_t
-    block = _GROUP.value if nibbles else triton.next_power_of_2(padded(width))
-    _round_rows[(rows, padded(width) // block if nibbles else 1)](
+    block = triton.next_power_of_2(padded(width))
+    _round_rows[(rows,)](
         x_th, numbers, units_t, K=width, BLOCK_K=block, ACTIVATION=activation, GATED=gated, **rounding.constants,
         num_warps=max(1, min(16, block // (256 if rows <= _FEW_ROWS else 1024))), **overlapped(x_th),
     )  # fmt: skip
