@@ -1,11 +1,15 @@
 import codecs
 import errno
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from hasten.core.errors import ConfigError
-from hasten.core.files import expand_home, file_in_the_way, reading, removed_on_failure, write_text
+from hasten.core.files import expand_home, file_in_the_way, reading, removed_on_failure, write_bytes, write_text
 
 
 def test_an_error_names_the_file_whether_it_comes_at_opening_or_at_writing(tmp_path: Path) -> None:
@@ -16,6 +20,55 @@ def test_an_error_names_the_file_whether_it_comes_at_opening_or_at_writing(tmp_p
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
     with pytest.raises(OSError, match="nowhere"):
         write_text(tmp_path / "nowhere" / "x", "x")
+
+
+@pytest.mark.parametrize("before", [None, b"what was there"])
+def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, before: bytes | None) -> None:
+    file = tmp_path / "results.json"
+    if before is not None:
+        file.write_bytes(before)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*/results\.json'$") as caught:
+            write_bytes(file, bytes(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
+    assert (file.read_bytes() if file.exists() else None) == before
+    assert list(tmp_path.iterdir()) == ([file] if before is not None else [])
+
+
+def test_a_file_is_replaced_with_its_mode(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    write_text(file, "new", sync=True)
+    file.chmod(0o640)
+    write_text(file, "newer")
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("newer", 0o640)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_links_pipes_and_long_names_are_written_in_place(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for text in ("first", "second"):
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "file").read_text() == text
+    assert (tmp_path / "link").is_symlink()
+    write_text(tmp_path / ("n" * 255), "long")
+    code = "from pathlib import Path; from hasten.core.files import write_text; write_text(Path('/dev/stdout'), 'x')"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout == b"x"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any folder")
+def test_a_file_in_a_folder_that_takes_no_others_is_written_in_place(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.touch()
+    tmp_path.chmod(0o500)
+    try:
+        write_text(file, "new")
+    finally:
+        tmp_path.chmod(0o700)
+    assert file.read_text() == "new"
 
 
 def test_a_file_where_a_folder_is_needed_is_named(tmp_path: Path) -> None:

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hasten.batch.shards import write_whole
 from hasten.core.errors import ConfigError
-from hasten.core.files import FOLDER_LOCK, reading
+from hasten.core.files import FOLDER_LOCK, reading, write_text
 from hasten.core.text import from_json
 
 JOB, SUMMARY = "job.json", "summary.json"
@@ -26,7 +25,7 @@ def claim(folder: Path, job: Mapping[str, Any]) -> None:
     if not file.exists():
         if any(path.name != FOLDER_LOCK and not path.name.endswith(".partial") for path in folder.iterdir()):
             raise ConfigError(f"{folder} is not empty and has no {JOB}; give a new folder for the results")
-        write_whole(file, json.dumps(job, indent=2) + "\n")
+        write_text(file, json.dumps(job, indent=2) + "\n", sync=True)
         return
     known = _known(file)
     other = next((name for name in _WORDS if known.get(name) != job.get(name)), None)
@@ -38,7 +37,7 @@ def claim(folder: Path, job: Mapping[str, Any]) -> None:
             f"{job.get(other)!r:.120}); give another folder"
         )
     # the earlier command did nothing yet: it may have named a model that is not there
-    write_whole(file, json.dumps(job, indent=2) + "\n")
+    write_text(file, json.dumps(job, indent=2) + "\n", sync=True)
 
 
 def has_rows(folder: Path) -> bool:

@@ -18,11 +18,11 @@ from hasten.batch.folder import SUMMARY, claim
 from hasten.batch.lines import Answer, error_line
 from hasten.batch.part import Part
 from hasten.batch.requests import RowReader
-from hasten.batch.shards import ShardWriter, write_whole
+from hasten.batch.shards import ShardWriter
 from hasten.batch.source import Row, RowIndex, id_of, open_rows
 from hasten.checkpoint.hub import model_name
 from hasten.core.errors import ConfigError, EngineError, HastenError, InvalidRequestError
-from hasten.core.files import held
+from hasten.core.files import held, write_text
 from hasten.core.progress import ProgressBar, progress_bar
 from hasten.core.types import Request, RequestOutput
 from hasten.server.openai.params import OpenAIError, completion_params, decode
@@ -152,7 +152,7 @@ class BatchJob:
             completion_tokens=completion_tokens,
             seconds=seconds,
         )
-        write_whole(self.folder / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
+        write_text(self.folder / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n", sync=True)
         return summary
 
     def unfinished(self) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from types import TracebackType
 import msgspec
 
 from hasten.core.errors import ConfigError
-from hasten.core.files import naming, reading, write_text
+from hasten.core.files import naming, reading
 
 REQUEST_PREFIX = "batch_req_"
 _ID = re.compile(REQUEST_PREFIX + r"([0-9]{1,18})")
@@ -142,11 +142,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    write_text(partial, text)
-    _sync(partial)
-    partial.rename(path)

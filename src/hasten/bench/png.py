@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hasten.core.errors import ConfigError
 from hasten.core.extras import require_extra
-from hasten.core.files import naming
+from hasten.core.files import write_bytes
 
 _ZOOM = 2
 """Pixels for each unit of a picture, as on a screen of high density."""
@@ -40,5 +40,4 @@ def write_png(path: Path, document: str) -> None:
     data = resvg_py.svg_to_bytes(
         svg_string=document, zoom=_ZOOM, font_files=[font_roboto.Roboto], sans_serif_family="Roboto"
     )
-    with naming(path):
-        path.write_bytes(bytes(data))
+    write_bytes(path, bytes(data))

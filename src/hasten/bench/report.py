@@ -18,6 +18,7 @@ from rich.table import Table
 
 from hasten import __version__
 from hasten.core.errors import ConfigError
+from hasten.core.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ def print_json(report: Mapping[str, Any]) -> None:
 def write_json(path: str, report: Mapping[str, Any]) -> None:
     """Write a report to a file; where that fails, print it, since it may have taken hours, and raise ConfigError."""
     try:
-        Path(path).write_text(json.dumps(to_json(report), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(path), json.dumps(to_json(report), ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         print_json(report)
         raise ConfigError(

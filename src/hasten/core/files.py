@@ -7,13 +7,15 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hasten.core.errors import ConfigError
 
 FOLDER_LOCK = ".lock"
 """The file in a folder that `held` locks."""
+_LONGEST_NAME = 200
+"""Bytes; systems allow 255, some less."""
 
 
 @contextmanager
@@ -42,10 +44,44 @@ def _is_no_folder(path: Path) -> bool:
         return False
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8; an OSError names the file, whatever went wrong."""
-    with naming(path):
-        path.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str, *, sync: bool = False) -> None:
+    """Write a text file in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode(), sync=sync)
+
+
+def write_bytes(path: Path, data: bytes, *, sync: bool = False) -> None:
+    """Write a file in one step: a full disk or an interrupt leaves what was there. An OSError names the file.
+
+    Links, pipes, devices and files in folders that take no others are written in place. `sync`: return once it is on
+    disk.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if not _replaceable(path):
+            path.write_bytes(data)
+            return
+        try:
+            with partial.open("wb") as file:
+                if path.exists():
+                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+                file.write(data)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether another file, whose name is somewhat longer, may take the place of this one, or of none."""
+    if len(os.fsencode(path.name)) > _LONGEST_NAME or path.is_symlink() or not os.access(path.parent, os.W_OK):
+        return False
+    return not path.exists() or (path.is_file() and os.access(path, os.W_OK))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hasten.bench.report import to_json
-from hasten.core.files import naming
+from hasten.core.files import write_text
 
 Kind = TypeVar("Kind")
 _KEY_LETTERS = 16
@@ -66,9 +66,5 @@ def _read(file: Path, kind: type[Kind]) -> Kind | None:
 
 
 def _write(file: Path, section: Any) -> None:
-    """Write a section as a whole or not at all."""
-    partial = file.with_suffix(".partial")
-    with naming(partial):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(to_json(section), ensure_ascii=False, indent=1), encoding="utf-8")
-        partial.replace(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(to_json(section), ensure_ascii=False, indent=1))
