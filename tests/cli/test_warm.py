@@ -44,17 +44,22 @@ def test_requests_of_all_kinds_need_a_config_alone(hasten_here: "Hasten", model:
     assert second == f"kernels in {ops.kept_kernels()}"
 
 
-def test_a_cache_that_others_can_write_to(
-    hasten_here: "Hasten", model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("mode", "why"),
+    [(0o777, "other users can write to it"), (0o700, "it cannot be written, or its disk is full")],
+)
+def test_kernels_that_cannot_be_kept_are_an_error(
+    hasten_here: "Hasten", model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, why: str
 ) -> None:
-    ops.records()
+    ops.records()  # which has compiled all that there is, and writes no more
     folder = tmp_path / "cache" / "hasten" / "kernels"
     folder.mkdir(parents=True)
-    folder.chmod(0o777)
+    folder.chmod(mode)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     done = hasten_here("warm", *options(model))
-    assert done.status == 0
-    assert f"kernels were not kept: other users can write to {folder}" in done.out
+    assert done.status == 2
+    wanted = f"kernels were not kept in {folder}: {why}; set XDG_CACHE_HOME to a folder of your own with room"
+    assert done.err == f"hasten: error: {wanted}\n"
 
 
 @pytest.mark.any_python

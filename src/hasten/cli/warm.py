@@ -7,6 +7,7 @@ from typing import Any
 
 from hasten.cli import ahead
 from hasten.cli.options import Parser, add_engine_options, engine_options, path
+from hasten.core.errors import ConfigError
 
 _DEFAULTS: Mapping[str, Any] = {"load_format": "dummy"}
 
@@ -50,16 +51,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cpu_kernels() -> str:
-    """Where the next start finds the kernels of a CPU, or why it does not."""
+    """Where the next start finds the kernels of a CPU; ConfigError where they could not be kept."""
     from hasten import ops
 
     if not ops.records():
         return "no kernels: numba is not installed, which compiles them; run: pip install 'hasten[cpu]'"
     if (folder := ops.kept_kernels()) is not None:
         return f"kernels in {folder}"
-    from hasten.ops.native.compiled import kernel_folder
+    from hasten.ops.native.compiled import kernel_folder, own_folder
 
-    return (
-        f"kernels were not kept: other users can write to {kernel_folder()}, or it cannot be written; set "
-        "XDG_CACHE_HOME to a folder of your own"
+    why = "other users can write to it" if own_folder() is None else "it cannot be written, or its disk is full"
+    raise ConfigError(
+        f"kernels were not kept in {kernel_folder()}: {why}; set XDG_CACHE_HOME to a folder of your own with room"
     )
