@@ -400,6 +400,11 @@ def test_a_model_that_generates_no_text_is_refused_before_it_is_loaded(
             "lower --prompt-length or --output-length",
         ),
         (
+            ["serving", "--prompt-length", "300"],
+            "hasten bench serving has sequences of 332 tokens, but the model has learned 300 positions; "
+            "lower --prompt-length or --output-length",
+        ),
+        (
             ["throughput"],
             "workload mixed has sequences of 482 tokens, but the model has learned 300 positions; "
             "choose --workload lambada",

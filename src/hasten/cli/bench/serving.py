@@ -6,7 +6,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hasten.cli.bench.common import ENGINE_DEFAULTS, add_output, require_writable, text_model_of, write, write_plot
+from hasten.cli.bench.common import (
+    ENGINE_DEFAULTS,
+    add_output,
+    require_room,
+    require_writable,
+    text_model_of,
+    write,
+    write_plot,
+)
 from hasten.cli.options import Parser, add_engine_options, engine_options, path, positive
 from hasten.core.extras import require_extra
 
@@ -55,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
     require_writable(args)
     options = engine_options(args, defaults=_DEFAULTS)
-    text_model_of(args, args.model, options)
+    longest, advice = args.prompt_length + args.output_length, "lower --prompt-length or --output-length"
+    require_room(text_model_of(args, args.model, options), args.parser.prog, longest, advice)
     load = serving.Load(args.concurrency, args.prompt_length, args.output_length, args.requests, args.rounds)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         engine = resolve_engine(EngineConfig.create(args.model, **options))
