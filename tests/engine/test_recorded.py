@@ -28,8 +28,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recorded_steps_give_what_their_ops_give(family: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_recorded_steps_give_what_their_ops_give(
+    family: str, dtype: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
     name, options = FAMILIES[family]
     folder = save_encoder_decoder(tmp_path, "t5", **options) if name == "T5" else make_model(name, **options)
     prompts = [[(7 * n + index) % 90 + 4 for index in range(n)] for n in (1, 2, 15, 16, 17, 40)]
@@ -37,6 +40,7 @@ def test_recorded_steps_give_what_their_ops_give(family: str, make_model: Callab
     params[2] = SamplingParams(max_tokens=20, temperature=0.8, seed=3, ignore_eos=True, logprobs=1)
     params[4] = SamplingParams(max_tokens=20, beam_width=3, n=3, ignore_eos=True)
     limits: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "enable_prefix_caching": False}
+    limits["dtype"] = dtype
 
     def generated(llm: LLM) -> list[list[int]]:
         return [item.token_ids for output in llm.generate(prompts, params) for item in output.outputs]

@@ -32,7 +32,7 @@ def in_two_parts(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_stage_hands_hidden_states_on_in_the_type_of_the_model(
+def test_a_stage_hands_hidden_states_on_in_their_type(
     dtype: torch.dtype,
     make_model: Callable[..., Path],
     make_sequence: Callable[..., Sequence],
@@ -48,4 +48,4 @@ def test_a_stage_hands_hidden_states_on_in_the_type_of_the_model(
     with torch.inference_mode():
         hidden_th = runner.forward(StepMessage.of(batch, TableRows(4)))
     assert hidden_th.shape[0] == 5
-    assert hidden_th.dtype == dtype
+    assert hidden_th.dtype == ops.hidden_dtype(dtype, "cpu")

@@ -135,11 +135,13 @@ def test_layer_norm_of_a_sum(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embedding_and_norm_at_once(dtype: torch.dtype, assert_close: Close) -> None:
     weight_vh = table(dtype)
-    weight, bias = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = exact_norm(torch.stack([weight_vh[int(token)] for token in IDS]), weight, bias)
-    for op in (ops.embedding_norm, reference.embedding_norm):
+    vectors = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = exact_norm(torch.stack([weight_vh[int(token)] for token in IDS]), *vectors)
+    hidden = ops.hidden_dtype(dtype, "cpu")
+    for op, type_ in ((ops.embedding_norm, hidden), (reference.embedding_norm, dtype)):
+        weight, bias = vectors.to(type_)
         found = op(IDS, weight_vh, weight, bias, 1e-5)
-        assert found.dtype == dtype
+        assert found.dtype == type_
         assert_close("layer_norm", found, expected)
         assert op(IDS[:0], weight_vh, weight, bias, 1e-5).shape == (0, HIDDEN)
 

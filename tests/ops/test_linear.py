@@ -226,6 +226,9 @@ def test_a_shared_weight_is_copied_only_where_it_must_be_widened(out: int, into:
     held = [tensor for tensor in (packed.plain, packed.blocked, packed.panels) if tensor is not None]
     if dtype == torch.float32 and (native.kernels() is None or (out, into) == LARGE):
         assert [tensor.data_ptr() for tensor in held] == [weight.data_ptr()]
+    elif dtype == torch.bfloat16 and packed.is_table:
+        assert native.kernels() is not None
+        assert held == []
     elif dtype == torch.bfloat16 and bf16.is_supported():
         assert [tensor.dtype for tensor in held] == [torch.bfloat16]
     else:
@@ -243,10 +246,9 @@ def test_a_weight_that_is_read_as_it_is_may_be_moved(out: int, into: int) -> Non
     assert ops.relocated(half) is half
 
 
-def test_bf16_is_widened_where_the_processor_does_not_multiply_it(
-    monkeypatch: pytest.MonkeyPatch, assert_close: Close
-) -> None:
+def test_bf16_is_widened_where_nothing_multiplies_it(monkeypatch: pytest.MonkeyPatch, assert_close: Close) -> None:
     monkeypatch.setattr(bf16, "is_supported", lambda: False)
+    monkeypatch.setattr(native, "kernels", lambda: None)
     weight, x = draw(48, 64, dtype=torch.bfloat16, scale=0.125), draw(5, 64, dtype=torch.bfloat16)
     packed = ops.pack_linear(weight)
     held = [tensor for tensor in (packed.plain, packed.blocked, packed.panels) if tensor is not None]

@@ -73,6 +73,98 @@ def test_products_of_any_size(out: int, into: int, assert_close: Close) -> None:
         assert_close("linear", ops.linear(x, packed), F.linear(x.double(), weight.double()))
 
 
+def _ways() -> dict[str, Callable[[], Any]]:
+    """What multiplies rounded rows by weights in bf16, by name: as far as this processor has it."""
+    from hasten.ops.native import bf16
+
+    found: dict[str, Callable[[], Any]] = {"widened": lambda: None, "pairs": bf16._by_pairs, "tiles": bf16._by_tiles}
+    return {name: kernel for name, kernel in found.items() if name == "widened" or kernel() is not None}
+
+
+@pytest.mark.parametrize("into", [1, 3, 31, 64, 256])
+@pytest.mark.parametrize("out", [1, 32, 40, 96])
+def test_products_with_weights_in_bf16(
+    out: int, into: int, assert_close: Close, kernels: native.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias = draw(out, into, scale=into**-0.5).bfloat16(), draw(out)
+    packed = ops.pack_linear(weight)
+    assert packed.is_table
+    for name, kernel in _ways().items():
+        monkeypatch.setattr(kernels.bf16, "rounded_kernel", kernel)
+        for rows in (*range(1, 19), 33, 64, 261):
+            x, residual = draw(rows, into), draw(rows + 3, out)
+            numbers = torch.randperm(rows + 3)[:rows]
+            is_rounded = rows > {"widened": rows, "pairs": 8, "tiles": 16}[name]
+            exact = F.linear((x.bfloat16() if is_rounded else x).double(), weight.double())
+            found = ops.add_linear(x, packed, bias, residual, numbers)
+            assert isinstance(found, Tensor)
+            for one, other in (
+                (found, exact + bias + residual[numbers]),
+                (ops.add_linear(x, packed, bias, residual[:rows]), exact + bias + residual[:rows]),
+                (ops.linear(x, packed, bias, activation="gelu_tanh"), exactly_activated(exact + bias, "gelu_tanh")),
+            ):
+                assert isinstance(one, Tensor)
+                # of a number in two of bf16 the last of 17 bits is lost
+                assert (one - other).abs().max() <= (5e-5 if name == "tiles" and not is_rounded else 1e-5)
+
+
+def test_a_row_has_the_same_bits_among_any_others(kernels: native.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = ops.pack_linear(draw(70, 96).bfloat16()), draw(80, 96)
+    for kernel in _ways().values():
+        monkeypatch.setattr(kernels.bf16, "rounded_kernel", kernel)
+        many = ops.linear(x, packed)
+        for rows in (17, 33, 50):
+            assert torch.equal(ops.linear(x[:rows].clone(), packed), many[:rows])
+        few = ops.linear(x[:8].clone(), packed)
+        assert torch.equal(ops.linear(x[:5].clone(), packed), few[:5])
+
+
+def test_not_a_number_stays_so_in_products_with_weights_in_bf16(
+    kernels: native.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = ops.pack_linear(torch.ones(33, 64).bfloat16())
+    for kernel in _ways().values():
+        monkeypatch.setattr(kernels.bf16, "rounded_kernel", kernel)
+        for rows in (1, 9, 40):
+            for wrong in (torch.nan, torch.inf, torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).item()):
+                x = torch.ones(rows, 64)
+                x[rows - 1, 5] = wrong
+                found = ops.linear(x, packed)
+                assert not found[rows - 1].isfinite().any()
+                assert (found[: rows - 1] == 64).all()
+
+
+@pytest.mark.parametrize("width", [1, 7, 32, 50, 256])
+def test_rows_of_tables_in_bf16(width: int) -> None:
+    table, ids = draw(70, width).bfloat16(), torch.tensor([3, 69, 0, 31, 32, 3])
+    packed = ops.pack_linear(table, shared=True)
+    for each in (table, packed):
+        assert torch.equal(ops.embedding(ids, each), table.float()[ids])
+    shard = ops.pack_linear(table[20:50].clone())
+    held = (ids >= 20) & (ids < 50)
+    assert torch.equal(ops.embedding(ids, shard, 20), table.float()[ids] * held.unsqueeze(1))
+
+
+def test_large_results_use_memory_again() -> None:
+    reused = native.pages._Reused()
+    first = torch.from_numpy(reused.take(1 << 20))
+    address = first.data_ptr()
+    second = torch.from_numpy(reused.take(1 << 20))
+    assert second.data_ptr() != address
+    view = first[5:]
+    del first
+    third = torch.from_numpy(reused.take(1 << 20))
+    assert third.data_ptr() not in (address, second.data_ptr())
+    del view
+    assert torch.from_numpy(reused.take(1 << 19)).data_ptr() == address
+    assert torch.from_numpy(reused.take(1 << 18)).data_ptr() != address
+    pieces = [reused.take(1 << 24) for _ in range(4)]
+    del pieces
+    held = reused.take(1 << 10)
+    assert len(held) == 1 << 10
+    assert sum(map(len, reused._free)) <= native.pages._MOST_FREE
+
+
 @pytest.mark.parametrize(("out", "into"), [(1, 16), (7, 48), (96, 256)])
 def test_products_with_shared_weights(
     out: int, into: int, assert_close: Close, monkeypatch: pytest.MonkeyPatch
@@ -254,6 +346,30 @@ def test_a_query_of_a_prompt_has_the_same_bits_in_any_chunk() -> None:
             chunk = replace(whole, num_tokens=last - first, query_lens=[last - first], kv_lens=[last], scratch={})
             part = ops.paged_attention(queries[first:last], keys, values, chunk, 0.2, slopes, window=window)
             assert torch.equal(part, found[first:last])
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 64), (6, 2, 16), (2, 1, 160)])
+def test_caches_in_bf16_are_widened(heads: int, key_heads: int, size: int) -> None:
+    lengths = [(1, 200), (1, 0), (30, 170), (1, 3), (20, 20)]
+    tables = torch.randperm(100)[:70].view(5, 14).int()
+    caches = [draw(100, 16, key_heads, size).bfloat16() for _ in range(2)]
+    queries = draw(sum(count for count, _ in lengths), heads, size)
+    meta = AttentionMeta(
+        num_tokens=len(queries),
+        block_tables=tables,
+        slot_mapping=torch.zeros(len(queries), dtype=torch.int64),
+        sequences=list(range(5)),
+        query_lens=[count for count, _ in lengths],
+        kv_lens=[length for _, length in lengths],
+    )
+    wide = [cache.float() for cache in caches]
+    found, expected = (ops.paged_attention(queries, keys, values, meta, size**-0.5) for keys, values in (caches, wide))
+    assert torch.equal(found, expected)
+    qkv = draw(9, (heads + 2 * key_heads) * size)
+    slots = torch.tensor([3, -1, 40, 41, 700, 5, 6, 7, 1599])
+    for each in (caches, wide):
+        cpu.heads.store_heads(qkv.clone(), each[0], each[1], slots, heads, None)
+    assert all(torch.equal(cache, other.bfloat16()) for cache, other in zip(caches, wide, strict=True))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -132,6 +132,8 @@ def _load_weights(
             weight = ops.moved(loaded, upload)
             if not isinstance(weight, Tensor) and name not in quantizable:
                 weight = weight.dequantized(dtype)
+            if isinstance(weight, Tensor) and weight.ndim == 1:
+                weight = weight.to(ops.hidden_dtype(dtype, device.type))
             if quantizer is not None and isinstance(weight, Tensor):
                 weight = quantizer(name, weight)
             set_weight(model.get_submodule(owner), attribute, weight)

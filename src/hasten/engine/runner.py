@@ -60,7 +60,8 @@ class Runner:
         self.block_size = block_size
         self.max_sequences = max_sequences
         tokens = 0 if self.stage.is_first else max_tokens
-        self._incoming = torch.zeros(tokens, hidden_size, dtype=dtype, device=device)
+        self._hidden_dtype = ops.hidden_dtype(dtype, device.type)
+        self._incoming = torch.zeros(tokens, hidden_size, dtype=self._hidden_dtype, device=device)
         """Hidden states that the stage before gave for the tokens of this step."""
         by_cache = model.attentions_by_cache()
         self._attentions = by_cache if keeps_cache else [[each for attentions in by_cache for each in attentions]]
@@ -294,7 +295,7 @@ class Runner:
         read = ids_t if self.stage.is_first else self._incoming[: len(ids_t)]
         hidden: Tensor = self.model(read, tokens.positions, tokens.meta)
         # a sum that a stage ends with is in fp32, and what is sent must be what the next stage makes room for
-        return hidden if self.stage.is_last else hidden.to(self.dtype)
+        return hidden if self.stage.is_last else hidden.to(self._hidden_dtype)
 
     def _decode(self, tokens: Tokens) -> StepOutput:
         return self._predict(self._mixed(tokens).hidden)

@@ -107,13 +107,17 @@ class Worker:
             stored_ranges(self.runner, checkpoint, groups.tensor) if eight_bits else None,
             self.start_times,
             advice,
-            partial(self._links.connect_stages, config.scheduler, self.model_config.hidden_size * dtype.itemsize),
+            partial(self._links.connect_stages, config.scheduler, self._hidden_bytes(dtype)),
         )
         self.max_model_len, self.num_blocks = setup.make() if self.pooler is None else setup.make_for_step()
         self.scheduler_config = config.scheduler
         self._threads = ThreadChoice()
         self._budget = Budget(interactive=bool(config.scheduler.itl_target))
         self.reset()
+
+    def _hidden_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a token's hidden states."""
+        return self.model_config.hidden_size * ops.hidden_dtype(dtype, self.device.type).itemsize
 
     def _start_device(self) -> None:
         """Create a GPU's context, once its cache of kernels is known to be safe."""

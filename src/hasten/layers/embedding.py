@@ -17,7 +17,7 @@ from hasten.parallel.shard import padded_vocab
 class Embedding(PackedModule):
     """Token embedding, with that of learned positions or without; each rank holds a range of the vocabulary."""
 
-    weight: ops.Weight
+    weight: ops.Table
 
     def __init__(
         self,
@@ -52,7 +52,11 @@ class Embedding(PackedModule):
         self.types = nn.Parameter(torch.empty(types, hidden_size), requires_grad=False) if types else None
 
     def pack(self) -> None:
-        """Make one table of positions and types: each token then has one row to add."""
+        """Make one table of positions and types: each token then has one row to add. Round the scale."""
+        if self.scale is not None:
+            # of packed tables there are those in bf16 alone
+            dtype = torch.bfloat16 if isinstance(self.weight, ops.PackedLinear) else self.weight.dtype
+            self.scale = float(torch.tensor(self.scale, dtype=dtype))
         if self.types is not None:
             assert self.positions is not None
             whole = (self.types.unsqueeze(1) + self.positions).flatten(0, 1)
@@ -66,7 +70,7 @@ class Embedding(PackedModule):
         """
         rows_th = ops.embedding(ids_t, self.weight, self.first)
         if self.scale is not None:
-            rows_th = rows_th * float(torch.tensor(self.scale, dtype=rows_th.dtype))
+            rows_th = rows_th * self.scale
         if self.projection is not None:
             rows_th = self.projection(rows_th)  # of the rows that this rank holds: the rest are zeros, and remain so
         over_ranks = self.first is not None
@@ -116,8 +120,11 @@ class Head(PackedModule):
     def pack(self) -> None:
         """Lay the head out; a tied one has no second copy."""
         if self.tied:
-            set_weight(self.tied[0], "weight", ops.relocated(self.tied[0].weight))
-            self.packed = ops.pack_linear(self.tied[0].weight, shared=True)
+            loaded = self.tied[0].weight
+            assert not isinstance(loaded, ops.PackedLinear), "it is packed once"
+            weight = ops.relocated(loaded)
+            self.packed = ops.pack_linear(weight, shared=True)
+            set_weight(self.tied[0], "weight", self.packed if self.packed.is_table else weight)
         else:
             self.packed = ops.pack_linear(self.weight)
             del self.weight

@@ -25,7 +25,7 @@ class PackedModule(nn.Module):
         return ()
 
 
-def set_weight(module: nn.Module, name: str, weight: ops.Weight) -> None:
+def set_weight(module: nn.Module, name: str, weight: ops.Table) -> None:
     """Give a module a loaded weight in place of the parameter that it was built with."""
     if isinstance(weight, Tensor):
         setattr(module, name, nn.Parameter(weight, requires_grad=False))

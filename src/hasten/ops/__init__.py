@@ -25,6 +25,7 @@ from hasten.ops.dispatch.device import (
     compile_cpu_kernels,
     compiled_together,
     default_device,
+    hidden_dtype,
     kept_kernels,
     library_rows,
     recorded,
@@ -66,7 +67,7 @@ from hasten.ops.logprobs import TopLogprobs
 from hasten.ops.meta import AttentionMeta
 from hasten.ops.mixture import PackedExperts, Routing
 from hasten.ops.order import fixed_order
-from hasten.ops.packed import PackedLinear, QuantizedWeight, Weight, moved
+from hasten.ops.packed import PackedLinear, QuantizedWeight, Table, Weight, moved
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.reference import activated, clipped, complete
 from hasten.ops.rounding import Inputs, RoundedRows, multiplies
@@ -102,6 +103,7 @@ __all__ = [
     "RoundedRows",
     "Routing",
     "Search",
+    "Table",
     "TokenCounts",
     "TopLogprobs",
     "Upload",
@@ -131,6 +133,7 @@ __all__ = [
     "gated_linear",
     "greedy",
     "greedy_keys",
+    "hidden_dtype",
     "kept_kernels",
     "largest",
     "library_rows",

@@ -101,6 +101,8 @@ class PackedLinear:
     """An opaque layout of the device's matrix library."""
     panels: Tensor | None = None
     """The layout of the kernels for a CPU (`native/products.py`), in place of the others."""
+    halves: Tensor | None = None
+    """The same of a weight in bf16 (`native/bf16.py`)."""
     integers: IntegerPanels | None = None
     """The same of a weight of 8 or 4 bits."""
     scales: Tensor | None = None
@@ -117,6 +119,22 @@ class PackedLinear:
     """Whether products are added up in an order that does not depend on the number of rows (`ops.fixed_order`)."""
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(o, h)."""
+        return self.out_features, self.in_features
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it lies on a GPU."""
+        held = self.plain, self.blocked, self.scales
+        return any(each is not None and each.is_cuda for each in held)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether rows are looked up in it, so that a weight in two uses need not lie there twice."""
+        return self.halves is not None
+
+    @property
     def is_quantized(self) -> bool:
         """Whether the weight has scales."""
         return any(each is not None for each in (self.scales, self.integers, self.grouped, self.blocked_groups))
@@ -124,4 +142,8 @@ class PackedLinear:
     @property
     def has_kernel(self) -> bool:
         """Whether the kernels for a CPU multiply it."""
-        return self.panels is not None or self.integers is not None
+        return any(each is not None for each in (self.panels, self.halves, self.integers))
+
+
+Table = Weight | PackedLinear
+"""What rows are looked up in; packed, if it `is_table`."""

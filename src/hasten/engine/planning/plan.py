@@ -115,7 +115,8 @@ class Planner:
 
     def _step_bytes(self, setup: Setup) -> int:
         """About what the largest step needs: the widest values of a layer, and the logits."""
-        model, itemsize = self.model, ops.TORCH_DTYPES[setup.dtype].itemsize
+        kind = "cuda" if self.device.is_gpu else "cpu"
+        model, itemsize = self.model, ops.hidden_dtype(ops.TORCH_DTYPES[setup.dtype], kind).itemsize
         attention = model.attention
         heads = (2 * attention.num_heads + 2 * attention.num_kv_heads) * attention.head_size // setup.ranks
         inner = 2 * model.intermediate_size // setup.ranks if model.has_mlp else 0

@@ -57,4 +57,5 @@ def store_heads(  # noqa: D103
 def has_kernel(kernels: native.Kernels, heads: int, key_cache: Tensor, scales: CacheScales | None) -> bool:
     """Whether the kernels of attention work on heads and caches of this form."""
     key_heads, size = key_cache.shape[2:]
-    return scales is None and key_cache.dtype == torch.float32 and kernels.attention.fits(heads, key_heads, size)
+    is_known = scales is None and key_cache.dtype in kernels.attention.CACHES
+    return is_known and kernels.attention.fits(heads, key_heads, size)

@@ -1,9 +1,10 @@
 """Products with weights, in the layout that a CPU multiplies fastest.
 
-Weights in bf16 stay so where the processor multiplies them (`bf16.py`). Other half-precision weights are widened to
-fp32 when they are packed: without instructions for them a CPU takes 20 times as long over a half-precision product
-(docs/performance-log.md), and the products are then summed in fp32 as well. So are weights in fp8, of which a CPU has
-no products at all; weights in int8 stay so.
+Weights in bf16 stay so where there are kernels, which widen them as they read them (`native/bf16.py`), or where the
+processor multiplies them (`bf16.py`). Other half-precision weights are widened to fp32 when they are packed: without
+instructions for them a CPU takes 20 times as long over a half-precision product (docs/performance-log.md), and the
+products are then summed in fp32 as well. So are weights in fp8, of which a CPU has no products at all; weights in int8
+stay so.
 """
 
 from dataclasses import replace
@@ -36,12 +37,15 @@ def pack_linear(weight_oh: Weight, shared: bool) -> PackedLinear:  # noqa: D103
         return replace(pack_linear(wide_oh, False), inputs=weight_oh.inputs)
     if isinstance(weight_oh, GroupedWeight):
         return grouped.pack_linear(weight_oh)
+    kernels = None if order_is_fixed() else native.kernels()
+    if weight_oh.dtype == torch.bfloat16 and kernels is not None:
+        out_features, in_features = weight_oh.shape
+        return PackedLinear(out_features, in_features, plain=None, halves=kernels.bf16.pack(weight_oh))
     if weight_oh.dtype == torch.bfloat16 and bf16.is_supported() and not order_is_fixed():
         return bf16.pack_linear(weight_oh)
     as_it_is = shared and weight_oh.dtype == torch.float32
     weight_oh = weight_oh.float().contiguous()
     out_features, in_features = weight_oh.shape
-    kernels = None if order_is_fixed() else native.kernels()
     if kernels is not None and not (as_it_is and weight_oh.numel() >= _SMALL_WEIGHT):
         return PackedLinear(out_features, in_features, plain=None, panels=kernels.products.pack(weight_oh))
     if kernels is not None and as_it_is and kernels.products.takes_rows(weight_oh):
@@ -158,17 +162,22 @@ def _by_kernel(
     kernels, integers = native.kernels(), native.integer_kernels()
     assert kernels is not None, "who packed it had them"
     products, dtype, x_th = kernels.products, x_th.dtype, x_th.float()
-    product = products.product if weight.integers is None or integers is None else integers.product
     if weight.inputs is not None:
         x_th = rounded(x_th, weight.inputs)
     x_th = x_th if x_th.stride(-1) == 1 else x_th.contiguous()
     bias_o, residual_to = (None if each is None else each.float().contiguous() for each in (bias_o, residual_to))
-    panels = weight.panels if weight.integers is None else weight.integers
-    operands = (x_th, panels, weight.out_features, bias_o)
-    if activation is None or activation in products.ACTIVATIONS:
-        return product(*operands, activation, residual_to, rows_t).to(dtype)
+    fused = activation if activation in products.ACTIVATIONS else None
+    operands = (weight.out_features, bias_o, fused, residual_to, rows_t)
+    if weight.integers is not None and integers is not None:
+        out_to = integers.product(x_th, weight.integers, *operands)
+    elif weight.halves is not None:
+        out_to = kernels.bf16.product(x_th, weight.halves, *operands)
+    else:
+        out_to = products.product(x_th, weight.panels, *operands)
+    if activation is None or fused is not None:
+        return out_to.to(dtype)
     assert residual_to is None, "no product has both"
-    return _activated(product(*operands, None, None, None), activation, fixed_order=False).to(dtype)
+    return _activated(out_to, activation, fixed_order=False).to(dtype)
 
 
 def _rows(x_th: Tensor, weight: PackedLinear, bias_o: Tensor | None) -> Tensor:

@@ -20,6 +20,15 @@ CACHE_DTYPES: dict[CacheDType, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8
 """Types of 8 bits that the key/value cache may have, by the names of the configuration."""
 
 
+def hidden_dtype(dtype: torch.dtype, device_kind: str) -> torch.dtype:
+    """Type of hidden states, and of biases and the weights of norms, of a model that computes in `dtype`.
+
+    `device_kind`: "cpu" or "cuda".
+    On a CPU it is fp32 for bf16: kernels there compute in fp32, and would have to round each result and widen it again.
+    """
+    return torch.float32 if device_kind == "cpu" and dtype == torch.bfloat16 else dtype
+
+
 def await_count(count: Tensor, number: int, abort_flag: Tensor) -> None:
     """Let what follows on this device wait until `count`, int32 [1], is at `number` or beyond it.
 

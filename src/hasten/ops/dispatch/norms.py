@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, overload
 from torch import Tensor
 
 from hasten.ops import cpu
-from hasten.ops.packed import PackedLinear, Weight
+from hasten.ops.packed import PackedLinear, Table
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.rounding import Inputs
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     pass
 
 
-def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None = None) -> Tensor:
-    """Rows of `weight_vh` for token ids [t].
+def embedding(ids_t: Tensor, weight_vh: Table, first: int | None = None) -> Tensor:
+    """Rows of `weight_vh` for token ids [t], in the type of hidden states (`hidden_dtype`).
 
     With `first`, the weight is a shard of the vocabulary that begins there: ids outside it, which other ranks hold,
     give zeros.
@@ -22,6 +22,7 @@ def embedding(ids_t: Tensor, weight_vh: Weight, first: int | None = None) -> Ten
     if ids_t.is_cuda:
         from hasten.ops.gpu import norm as kernels
 
+        assert not isinstance(weight_vh, PackedLinear), "a table of a GPU is never packed"
         return kernels.embedding(ids_t, weight_vh, first)
     return cpu.norms.embedding(ids_t, weight_vh, first)
 
@@ -87,11 +88,12 @@ def norm_alone(
     return cpu.norms.norm(x_th, weight_h, bias_h, eps, rms=rms)[0]
 
 
-def embedding_norm(ids_t: Tensor, table_vh: Weight, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
+def embedding_norm(ids_t: Tensor, table_vh: Table, weight_h: Tensor, bias_h: Tensor, eps: float) -> Tensor:
     """The layer norm of rows of a table: [t, h]."""
     if table_vh.is_cuda:
         from hasten.ops.gpu import norm as kernels
 
+        assert not isinstance(table_vh, PackedLinear), "a table of a GPU is never packed"
         return kernels.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
     return cpu.norms.embedding_norm(ids_t, table_vh, weight_h, bias_h, eps)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hasten.core.model_config import Activation
-from hasten.ops import cpu
+from hasten.ops import cpu, native
 from hasten.ops.packed import PackedLinear, Weight
 from hasten.ops.partial_sum import PartialSum
 from hasten.ops.rounding import Inputs
@@ -170,5 +170,7 @@ def linear_into(x_th: Tensor, weight: PackedLinear, out_to: Tensor) -> None:
 
 
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether the processor has products of weights in a floating-point type, and so gains by it."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu.bf16.is_supported())
+    """Whether there are products of weights in a floating-point type, so that one gains by it."""
+    if dtype == torch.bfloat16:
+        return native.kernels() is not None or cpu.bf16.is_supported()
+    return dtype == torch.float32

@@ -16,6 +16,7 @@ class Kernels:
         from hasten.ops.native import (
             attention,
             beams,
+            bf16,
             choice,
             compiled,
             edits,
@@ -28,7 +29,7 @@ class Kernels:
 
         self.attention, self.prompts, self.choice, self.norms = attention, prompts, choice, norms
         self.products, self.beams, self.edits, self.record = products, beams, edits, record
-        self.sampling = sampling
+        self.sampling, self.bf16 = sampling, bf16
         self.integers: ModuleType | None = None
         """Products with weights of 8 and 4 bits; None on a processor without AVX-512 VNNI."""
         if compiled.multiplies_bytes():

@@ -1,13 +1,16 @@
 """Attention of single tokens over the paged cache, and what goes into the cache: launches of `code/attention.py`."""
 
+import torch
 from torch import Tensor
 
 from hasten.ops.native.launch import Kernel, empty, launch
 
 _HEADS = 16
 """Most query heads that share a key head."""
-_attention = Kernel("attention", "21q2d")
-_store = Kernel("store", "13q")
+_attention = {torch.float32: Kernel("attention", "21q2d"), torch.bfloat16: Kernel("half_attention", "21q2d")}
+_store = {torch.float32: Kernel("store", "13q"), torch.bfloat16: Kernel("half_store", "13q")}
+CACHES = tuple(_store)
+"""Types of caches that the kernels know."""
 
 
 def fits(heads: int, key_heads: int, head_size: int) -> bool:
@@ -42,7 +45,7 @@ def attention(
     if out_tnd is None:
         out_tnd = empty(query_tnd.shape[0], heads, size)
     launch(
-        _attention,
+        _attention[key_cache.dtype],
         4 * keys * heads * size,
         len(rows_s),
         key_heads,
@@ -86,7 +89,7 @@ def store_heads(
     key_heads, size = key_cache.shape[2:]
     half = 0 if table_pr is None else table_pr.shape[1] // 2
     launch(
-        _store,
+        _store[key_cache.dtype],
         4 * qkv_to.numel(),
         len(qkv_to),
         num_heads,

@@ -24,7 +24,7 @@ from hasten.core.progress import progress_bar
 
 _CODE = Path(__file__).parent / "code"
 _LONGEST_TURN_S, _LOOK_S = 120.0, 0.05
-"""How long to wait for another process that compiles, some 15 s of a free core, and how often to look."""
+"""How long to wait for another process that compiles, some 20 s of a free core, and how often to look."""
 _engines: list[Any] = []
 """Code is freed with its engine."""
 _code: dict[str, bytes] = {}
@@ -68,6 +68,18 @@ def multiplies_bytes() -> bool:
 def multiplies_tiles() -> bool:
     """Whether the processor adds up products of bytes in tiles, too, with which `multiplies_bytes`."""
     return multiplies_bytes() and bool(llvm.get_host_cpu_features().get("amx-int8"))
+
+
+@cache
+def multiplies_pairs() -> bool:
+    """Whether the processor adds up products of bf16, two at a time in vectors of 512 bits."""
+    return bool(llvm.get_host_cpu_features().get("avx512bf16"))
+
+
+@cache
+def multiplies_pair_tiles() -> bool:
+    """Whether the processor adds up products of bf16 in tiles, too, with which `multiplies_pairs`."""
+    return multiplies_pairs() and bool(llvm.get_host_cpu_features().get("amx-bf16"))
 
 
 def own_folder() -> Path | None:
@@ -144,6 +156,7 @@ def _compiled(show_progress: bool) -> dict[str, bytes]:
     from hasten.ops.native.code import (  # noqa: F401 - they add to KERNELS
         attention,
         beams,
+        bf16,
         choice,
         draw,
         edits,
@@ -157,6 +170,10 @@ def _compiled(show_progress: bool) -> dict[str, bytes]:
 
     if multiplies_bytes():
         from hasten.ops.native.code import integers  # noqa: F401
+    if multiplies_pairs():
+        from hasten.ops.native.code import rounded  # noqa: F401
+    if multiplies_pair_tiles():
+        from hasten.ops.native.code import pair_tiles  # noqa: F401
     if multiplies_tiles():
         from hasten.ops.native.code import tiles  # noqa: F401
     from hasten.ops.native.code.functions import KERNELS, TEAMS
@@ -165,7 +182,7 @@ def _compiled(show_progress: bool) -> dict[str, bytes]:
     functions += [(name, function, 1) for name, function in TEAMS.items()]
     code = {}
     start = time.perf_counter()
-    _log.info("compiling kernels for this processor, which takes some 15 s of a core")
+    _log.info("compiling kernels for this processor, which takes some 20 s of a core")
     with progress_bar("Compiling kernels, once for this processor", len(functions), show=show_progress) as bar:
         for name, function, count in functions:
             compiled = cfunc(types.void(*[types.int64] * count), error_model="numpy")(function)

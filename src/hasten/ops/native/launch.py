@@ -5,6 +5,7 @@ its thread's part of the work. Arguments are whole numbers and addresses of 8 by
 """
 
 import ctypes
+import math
 import struct
 import threading
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hasten.ops.native import pages
 from hasten.ops.native.compiled import addresses
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 FEW_OPERATIONS = 1 << 17
 """Work below which one thread is done before others have begun, in products of two numbers or the like: some 5 µs."""
+_LARGE = 1 << 20
+"""Numbers of a result whose memory is used again."""
 _WORDS = 64
 """Most words of 8 bytes that a launch takes."""
 
@@ -118,4 +122,6 @@ def launch(kernel: Kernel, operations: int, *arguments: int | float | Tensor | N
 def empty(*shape: int) -> Tensor:
     """Memory for the result of a kernel, in fp32."""
     recording = recordings.current
-    return torch.empty(shape) if recording is None else recording.empty(shape)
+    if recording is not None:
+        return recording.empty(shape)
+    return torch.empty(shape) if math.prod(shape) < _LARGE else pages.reused(shape)

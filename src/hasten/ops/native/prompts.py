@@ -1,12 +1,13 @@
 """Attention of the queries of prompts over the paged cache: launches of `code/prompts.py`."""
 
+import torch
 from torch import Tensor
 
 from hasten.ops.native.launch import Kernel, empty, launch
 
 _HEAD_SIZE = 512
 """Largest head for which the kernel has room."""
-_prompts = Kernel("prompts", "23q2d")
+_prompts = {torch.float32: Kernel("prompts", "23q2d"), torch.bfloat16: Kernel("half_prompts", "23q2d")}
 
 
 def fits(head_size: int) -> bool:
@@ -43,7 +44,7 @@ def attention(
     if out_tnd is None:
         out_tnd = empty(query_tnd.shape[0], heads, size)
     launch(
-        _prompts,
+        _prompts[key_cache.dtype],
         2 * scores * heads * size,
         len(rows_s),
         key_heads,

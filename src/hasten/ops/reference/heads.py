@@ -115,4 +115,4 @@ def write_cache(  # noqa: D103
     slots_t = slots_t.long()
     width = key_cache.shape[2] * key_cache.shape[3]
     for new_tmd, cache in ((key_tmd, key_cache), (value_tmd, value_cache)):
-        octets(cache).view(-1, width).index_copy_(0, slots_t, octets(new_tmd).reshape(-1, width))
+        octets(cache).view(-1, width).index_copy_(0, slots_t, octets(new_tmd.to(cache.dtype)).reshape(-1, width))

@@ -1,7 +1,8 @@
 """Attention of single queries over the paged cache where its keys and values lie, and what goes into the cache.
 
-Addresses are of fp32 numbers, but for block tables, which are int32, and for lengths, rows, slots and positions, which
-are int64. A head has a multiple of 16 dimensions. Each key is read once, for all query heads that share it.
+Addresses are of fp32 numbers, but for block tables, which are int32, for lengths, rows, slots and positions, which are
+int64, and for caches, which are fp32, or bf16 where `halves` is 1 instead of 0. A head has a multiple of 16 dimensions.
+Each key is read once, for all query heads that share it.
 """
 
 import numpy as np
@@ -19,6 +20,7 @@ from hasten.ops.native.code.simd import (
     load,
     load_f32,
     load_f64,
+    load_halves,
     load_i32,
     load_i64,
     mul,
@@ -26,6 +28,7 @@ from hasten.ops.native.code.simd import (
     stack,
     store,
     store_f32,
+    store_halves,
     sub,
     total,
 )
@@ -43,25 +46,31 @@ _sums = stack(4 * _HEADS)
 
 
 @part
-def _dot(query, key, size):
-    """Of heads of `size` bytes."""
-    sums = mul(load(query), load(key))
+def load_cached(at, halves):
+    """16 numbers of a cache."""
+    return load_halves(at) if halves else load(at)
+
+
+@part
+def _dot(query, key, size, halves):
+    """Of heads of `size` bytes in fp32."""
+    sums = mul(load(query), load_cached(key, halves))
     if size == 256:
-        sums = fma(load(query + 64), load(key + 64), sums)
-        sums = fma(load(query + 128), load(key + 128), sums)
-        return total(fma(load(query + 192), load(key + 192), sums))
+        sums = fma(load(query + 64), load_cached(key + (64 >> halves), halves), sums)
+        sums = fma(load(query + 128), load_cached(key + (128 >> halves), halves), sums)
+        return total(fma(load(query + 192), load_cached(key + (192 >> halves), halves), sums))
     for at in range(64, size, 64):
-        sums = fma(load(query + at), load(key + at), sums)
+        sums = fma(load(query + at), load_cached(key + (at >> halves), halves), sums)
     return total(sums)
 
 
 @part
-def _compare(query, keys, count, heads, shared, size, row, scores):
+def _compare(query, keys, count, heads, shared, size, row, scores, halves):
     """Products of the heads of a query with the next `count` keys; the scores of a head are 128 words apart."""
     for key in range(count):
         at = keys + key * row
         for head in range(heads):
-            score = _dot(query + head * size, at + head // shared * size, size)
+            score = _dot(query + head * size, at + (head // shared * size >> halves), size, halves)
             store_f32(scores + 4 * (128 * head + key), score)
 
 
@@ -118,25 +127,27 @@ def softened(line, count, most):
 
 
 @part
-def _weigh(values, row, weights, count, out, size):
-    """Add `count` values, `row` bytes apart, times their weights to a head of `size` bytes."""
+def _weigh(values, row, weights, count, out, size, halves):
+    """Add `count` values, `row` bytes apart, times their weights to a head of `size` bytes in fp32."""
     whole = size // 256 * 256
     for piece in range(0, whole, 256):
         a, b, c, d = load(out + piece), load(out + piece + 64), load(out + piece + 128), load(out + piece + 192)
-        at = values + piece
+        at = values + (piece >> halves)
         for key in range(count):
             weight = splat(load_f32(weights + 4 * key))
-            a, b = fma(weight, load(at), a), fma(weight, load(at + 64), b)
-            c, d = fma(weight, load(at + 128), c), fma(weight, load(at + 192), d)
+            a = fma(weight, load_cached(at, halves), a)
+            b = fma(weight, load_cached(at + (64 >> halves), halves), b)
+            c = fma(weight, load_cached(at + (128 >> halves), halves), c)
+            d = fma(weight, load_cached(at + (192 >> halves), halves), d)
             at += row
         store(out + piece, a)
         store(out + piece + 64, b)
         store(out + piece + 128, c)
         store(out + piece + 192, d)
     for piece in range(whole, size, 64):
-        sums, at = load(out + piece), values + piece
+        sums, at = load(out + piece), values + (piece >> halves)
         for key in range(count):
-            sums, at = fma(splat(load_f32(weights + 4 * key)), load(at), sums), at + row
+            sums, at = fma(splat(load_f32(weights + 4 * key)), load_cached(at, halves), sums), at + row
         store(out + piece, sums)
 
 
@@ -168,6 +179,7 @@ def _attend(
     scale,
     cap,
     out,
+    halves,
 ):
     """Up to `_HEADS` heads of one query over keys `begin` to `end` of its sequence; of keys, rows of `row` bytes.
 
@@ -188,7 +200,7 @@ def _attend(
         while key < last:
             until = min(last, (key // block + 1) * block)
             at = keys + (np.int64(load_i32(table + 4 * (key // block))) * block + key % block) * row
-            _compare(query, at, until - key, heads, shared, size, row, scores + 4 * (key - first))
+            _compare(query, at, until - key, heads, shared, size, row, scores + 4 * (key - first), halves)
             key = until
         for head in range(heads):
             line = scores + 512 * head
@@ -217,19 +229,16 @@ def _attend(
             at = values + (np.int64(load_i32(table + 4 * (key // block))) * block + key % block) * row
             for head in range(heads):
                 weights = scores + 4 * (128 * head + key - first)
-                _weigh(at + head // shared * size, row, weights, until - key, out + head * size, size)
+                own = at + (head // shared * size >> halves)
+                _weigh(own, row, weights, until - key, out + head * size, size, halves)
             key = until
         first = last
     for head in range(heads):
         scale_head(out + head * size, _f32(1) / load_f32(sums + 4 * head), size)
 
 
-@kernel
-def _attention(p, thread, threads):
-    """Single queries [s, n, d] of sequences with `lengths` [s] keys, whose blocks are `tables[rows]`: out [s, n, d].
-
-    A sequence without keys gets zeros.
-    """
+@part
+def _attend_all(p, thread, threads, halves):
     count, key_heads, shared, size = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
     block, width, window = load_i64(p + 32), load_i64(p + 40), load_i64(p + 48)
     queries, query_stride, keys, values = load_i64(p + 56), 4 * load_i64(p + 64), load_i64(p + 72), load_i64(p + 80)
@@ -237,7 +246,7 @@ def _attention(p, thread, threads):
     sinks, out, out_stride, numbers = load_i64(p + 120), load_i64(p + 128), 4 * load_i64(p + 136), load_i64(p + 144)
     biases, farthest = load_i64(p + 152), load_i64(p + 160)
     scale, cap = _f32(load_f64(p + 168)), _f32(load_f64(p + 176))
-    row = key_heads * size
+    row = key_heads * size >> halves
     most = max(1, 16 // shared)
     unit, ends = count * key_heads * thread // threads, count * key_heads * (thread + 1) // threads
     while unit < ends:
@@ -255,8 +264,8 @@ def _attention(p, thread, threads):
         else:
             _attend(
                 queries + at * query_stride + first * size,
-                keys + head * size,
-                values + head * size,
+                keys + (head * size >> halves),
+                values + (head * size >> halves),
                 table,
                 begin,
                 length,
@@ -272,8 +281,24 @@ def _attention(p, thread, threads):
                 scale,
                 cap,
                 to,
+                halves,
             )
         unit += together
+
+
+@kernel
+def _attention(p, thread, threads):
+    """Single queries [s, n, d] of sequences with `lengths` [s] keys, whose blocks are `tables[rows]`: out [s, n, d].
+
+    A sequence without keys gets zeros.
+    """
+    _attend_all(p, thread, threads, 0)
+
+
+@kernel
+def _half_attention(p, thread, threads):
+    """As `attention`, with caches in bf16."""
+    _attend_all(p, thread, threads, 1)
 
 
 @part
@@ -294,9 +319,17 @@ def _turn(head, table, half, interleaved):
         store_f32(right, y * cosine + x * sine)
 
 
-@kernel
-def _store(p, thread, threads):
-    """Turn the queries and keys of a fused projection in place, and put its keys and values into the cache."""
+@part
+def _keep(source, to, halves):
+    """Put 16 numbers into a cache."""
+    if halves:
+        store_halves(to, load(source))
+    else:
+        store(to, load(source))
+
+
+@part
+def _store_all(p, thread, threads, halves):
     count, heads, key_heads, size = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
     qkv, stride, keys, values = load_i64(p + 32), 4 * load_i64(p + 40), load_i64(p + 48), load_i64(p + 56)
     slots, table, positions, half = load_i64(p + 64), load_i64(p + 72), load_i64(p + 80), load_i64(p + 88)
@@ -312,5 +345,18 @@ def _store(p, thread, threads):
         if slot >= 0:
             from_key = own + heads * size
             for at in range(0, row, 64):
-                store(keys + slot * row + at, load(from_key + at))
-                store(values + slot * row + at, load(from_key + row + at))
+                to = slot * row + at >> halves
+                _keep(from_key + at, keys + to, halves)
+                _keep(from_key + row + at, values + to, halves)
+
+
+@kernel
+def _store(p, thread, threads):
+    """Turn the queries and keys of a fused projection in place, and put its keys and values into the cache."""
+    _store_all(p, thread, threads, 0)
+
+
+@kernel
+def _half_store(p, thread, threads):
+    """As `store`, with caches in bf16."""
+    _store_all(p, thread, threads, 1)

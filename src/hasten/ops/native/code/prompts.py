@@ -9,7 +9,7 @@ of all heads that share a key head. A query's sums have the same order in any ba
 
 import numpy as np
 
-from hasten.ops.native.code.attention import NOTHING, adjust, scale_head, softened
+from hasten.ops.native.code.attention import NOTHING, adjust, load_cached, scale_head, softened
 from hasten.ops.native.code.functions import kernel, part
 from hasten.ops.native.code.products import multiply
 from hasten.ops.native.code.simd import (
@@ -64,7 +64,14 @@ def _copy(source, target, size):
 
 
 @part
-def _lay_out_keys(keys, table, block, row, first, count, size, rows, panels):
+def _widen(source, target, size, halves):
+    """Copy a head of a cache, of `size` bytes in fp32."""
+    for at in range(0, size, 64):
+        store(target + at, load_cached(source + (at >> halves), halves))
+
+
+@part
+def _lay_out_keys(keys, table, block, row, first, count, size, rows, panels, halves):
     """Keys from number `first` on, of `size` bytes, as panels of 32 keys: [panels, d, 32]; zeros behind the last.
 
     `rows`: room for 16 keys.
@@ -74,7 +81,7 @@ def _lay_out_keys(keys, table, block, row, first, count, size, rows, panels):
             key = first + begin + number
             if begin + number < count:
                 slot = np.int64(load_i32(table + 4 * (key // block))) * block + key % block
-                _copy(keys + slot * row, rows + number * size, size)
+                _widen(keys + slot * row, rows + number * size, size, halves)
             else:
                 _clear(rows + number * size, size)
         to = panels + begin // 32 * 32 * size + 4 * (begin % 32)
@@ -83,14 +90,15 @@ def _lay_out_keys(keys, table, block, row, first, count, size, rows, panels):
 
 
 @part
-def _lay_out_values(values, table, block, row, first, count, size, panels):
+def _lay_out_values(values, table, block, row, first, count, size, panels, halves):
     """Values of the same keys as panels of 32 dimensions: [panels, keys, 32], with zeros behind the last dimension."""
     for number in range(count):
         key = first + number
         slot = np.int64(load_i32(table + 4 * (key // block))) * block + key % block
         source = values + slot * row
         for at in range(0, size, 64):
-            store(panels + at // 128 * 128 * count + 128 * number + at % 128, load(source + at))
+            to = panels + at // 128 * 128 * count + 128 * number + at % 128
+            store(to, load_cached(source + (at >> halves), halves))
         if size % 128:
             store(panels + size // 128 * 128 * count + 128 * number + 64, splat(_f32(0)))
 
@@ -218,6 +226,7 @@ def _attend(
     cap,
     out,
     out_stride,
+    halves,
 ):
     """`queries` of the `shared` heads of a key head, the first at `position`, in a sequence of `length` keys."""
     key_panels, value_panels, rows = _key_panels(), _value_panels(), _sixteen()
@@ -237,8 +246,8 @@ def _attend(
     together = min(_KEYS, 4 * _ELEMENTS // ((size + 127) // 128 * 128) // 32 * 32)
     while first < end:
         count = min(together, end - first)
-        _lay_out_keys(keys, table, block, row, first, count, size, rows, key_panels)
-        _lay_out_values(values, table, block, row, first, count, size, value_panels)
+        _lay_out_keys(keys, table, block, row, first, count, size, rows, key_panels, halves)
+        _lay_out_values(values, table, block, row, first, count, size, value_panels, halves)
         for head in range(shared):
             for number in range(0, queries, _QUERIES):
                 at = 4 * (head * queries + number)
@@ -272,13 +281,8 @@ def _attend(
                 scale_head(out + number * out_stride + head * size, _f32(1) / total, size)
 
 
-@kernel
-def _prompts(p, thread, threads):
-    """The queries of sequences, [., n, d], of which sequence s has `counts[s]` from number `firsts[s]` on: out alike.
-
-    They are the last tokens of its `lengths[s]` keys, whose blocks are `tables[rows[s]]`. A query without keys gets
-    zeros.
-    """
+@part
+def _attend_all(p, thread, threads, halves):
     sequences, key_heads, shared, size = load_i64(p), load_i64(p + 8), load_i64(p + 16), 4 * load_i64(p + 24)
     block, width, window, causal = load_i64(p + 32), load_i64(p + 40), load_i64(p + 48), load_i64(p + 56)
     queries, query_stride, keys, values = load_i64(p + 64), 4 * load_i64(p + 72), load_i64(p + 80), load_i64(p + 88)
@@ -301,12 +305,12 @@ def _prompts(p, thread, threads):
                         shared,
                         length - count + begin,
                         length,
-                        keys + head * size,
-                        values + head * size,
+                        keys + (head * size >> halves),
+                        values + (head * size >> halves),
                         table,
                         block,
                         size,
-                        key_heads * size,
+                        key_heads * size >> halves,
                         slopes + 4 * first if slopes else 0,
                         sinks + 4 * first if sinks else 0,
                         biases + 4 * (2 * farthest + 1) * first if biases else 0,
@@ -317,5 +321,22 @@ def _prompts(p, thread, threads):
                         cap,
                         out + (at + begin) * out_stride + first * size,
                         out_stride,
+                        halves,
                     )
                 unit += 1
+
+
+@kernel
+def _prompts(p, thread, threads):
+    """The queries of sequences, [., n, d], of which sequence s has `counts[s]` from number `firsts[s]` on: out alike.
+
+    They are the last tokens of its `lengths[s]` keys, whose blocks are `tables[rows[s]]`. A query without keys gets
+    zeros.
+    """
+    _attend_all(p, thread, threads, 0)
+
+
+@kernel
+def _half_prompts(p, thread, threads):
+    """As `prompts`, with caches in bf16."""
+    _attend_all(p, thread, threads, 1)

@@ -188,6 +188,8 @@ lanes = intrinsic(lambda _context: (vector(), lambda _context, _b, _signature, _
 """The numbers 0 to 15."""
 first_lane = intrinsic_of((vector,), types.float32, lambda b, args: b.extract_element(args[0], ir.Constant(I32, 0)))
 prefetch = intrinsic_of((types.int64,), types.void, prefetched)
+prefetch_second = intrinsic_of((types.int64,), types.void, lambda b, args: prefetched(b, args, level=2))
+"""To the second-level cache."""
 clamped = intrinsic_of(_two, vector, _clamped)
 """Numbers from -limit to limit; NaN becomes the limit."""
 nearest = intrinsic_of((vector,), vector, lambda b, args: called(b, "llvm.nearbyint.v16f32", VECTOR, args))
@@ -223,6 +225,45 @@ load_i32 = intrinsic_of((types.int64,), types.int32, lambda b, args: read(b, I32
 store_i32 = intrinsic_of((types.int64, types.int32), types.void, lambda b, args: write(b, args[1], args[0]))
 load_i64 = intrinsic_of((types.int64,), types.int64, lambda b, args: read(b, I64, args[0]))
 load_f64 = intrinsic_of((types.int64,), types.float64, lambda b, args: read(b, F64, args[0]))
+store_i64 = intrinsic_of((types.int64, types.int64), types.void, lambda b, args: write(b, args[1], args[0]))
+
+_I16 = ir.IntType(16)
+_HALVES = ir.VectorType(_I16, LANES)
+
+
+def _widened_halves(b: Builder, args: Values) -> Any:
+    bits = b.zext(read_halves(b, _HALVES, args[0]), WHOLE)
+    return b.bitcast(b.shl(bits, ir.Constant(WHOLE, [16] * LANES)), VECTOR)
+
+
+def read_halves(b: Builder, kind: ir.Type, address: Any) -> Any:
+    """What stands at an address, which is a multiple of 2."""
+    loaded = b.load(b.inttoptr(address, kind.as_pointer()))
+    loaded.align = 2
+    return loaded
+
+
+def _rounded_halves(b: Builder, args: Values) -> None:
+    address, x = args
+    bits, sixteen = b.bitcast(x, WHOLE), ir.Constant(WHOLE, [16] * LANES)
+    odd = b.and_(b.lshr(bits, sixteen), ir.Constant(WHOLE, [1] * LANES))
+    nearest = b.lshr(b.add(b.add(bits, ir.Constant(WHOLE, [0x7FFF] * LANES)), odd), sixteen)
+    # of NaN all bits that count may be among those that are lost
+    quiet = b.or_(b.lshr(bits, sixteen), ir.Constant(WHOLE, [0x40] * LANES))
+    rounded = b.select(b.fcmp_unordered("uno", x, x), quiet, nearest)
+    b.store(b.trunc(rounded, _HALVES), b.inttoptr(address, _HALVES.as_pointer())).align = 2
+
+
+load_halves = intrinsic_of((types.int64,), vector, _widened_halves)
+"""16 numbers of bf16."""
+store_halves = intrinsic_of((types.int64, vector), types.void, _rounded_halves)
+"""Numbers rounded to bf16, to even ones of two as near."""
+load_half = intrinsic_of(
+    (types.int64,),
+    types.float32,
+    lambda b, args: b.bitcast(b.shl(b.zext(read_halves(b, _I16, args[0]), I32), ir.Constant(I32, 16)), F32),
+)
+"""A number of bf16."""
 
 
 def _transpose(_context, source, stride, target, apart):
