@@ -657,13 +657,13 @@ from hasten.ops.native import code, compiled
 for module in pkgutil.iter_modules(code.__path__):
     importlib.import_module(f"{{code.__name__}}.{{module.name}}")
 from hasten.ops.native.code.functions import KERNELS, TEAMS
-for name in list(KERNELS)[2:]:
-    del KERNELS[name]
+for name in list(KERNELS["fp32"])[2:]:
+    del KERNELS["fp32"][name]
 TEAMS.clear()
 logging.basicConfig(format="%(message)s", filename={log!r}, level="INFO")
 for _ in range(2):
-    compiled.prepare(show_progress={show})
-print(*compiled._code)
+    compiled.prepare("fp32", show_progress={show})
+print(*compiled._code["fp32"])
 """
 
 
@@ -685,12 +685,12 @@ def test_a_terminal_shows_that_kernels_are_compiled(tmp_path: Path) -> None:
 
 def test_of_processes_that_start_at_once_a_single_one_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = compiled.own_folder()
+    folder = compiled.own_folder("fp32")
     assert folder is not None
     compiles, waits = threading.Event(), threading.Event()
     calls: list[None] = []
 
-    def compile_slowly(show_progress: bool) -> dict[str, bytes]:
+    def compile_slowly(kind: str, show_progress: bool) -> dict[str, bytes]:
         calls.append(None)
         compiles.set()
         assert waits.wait(LIMIT_S)
@@ -703,9 +703,9 @@ def test_of_processes_that_start_at_once_a_single_one_compiles(monkeypatch: pyte
     monkeypatch.setattr(compiled, "_compiled", compile_slowly)
     monkeypatch.setattr("hasten.ops.native.compiled.time.sleep", wait)
     with ThreadPoolExecutor(2) as pool:  # a lock of a file is of whoever opened it, thread or process
-        first = pool.submit(compiled._kept, folder, False)
+        first = pool.submit(compiled._kept, folder, "fp32", False)
         assert compiles.wait(LIMIT_S)
-        second = pool.submit(compiled._kept, folder, False)
+        second = pool.submit(compiled._kept, folder, "fp32", False)
         assert first.result() == second.result() == {"norm": b"code"}
     assert len(calls) == 1
 
@@ -714,16 +714,16 @@ def test_a_lock_that_another_process_keeps_is_waited_for_no_longer_than_compilin
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(compiled, "_LONGEST_TURN_S", 0.0)
-    monkeypatch.setattr(compiled, "_compiled", lambda show_progress: {"norm": b"code"})
+    monkeypatch.setattr(compiled, "_compiled", lambda kind, show_progress: {"norm": b"code"})
     with compiled._turn(tmp_path):
-        assert compiled._kept(tmp_path / "kernels", False) == {"norm": b"code"}
+        assert compiled._kept(tmp_path / "kernels", "fp32", False) == {"norm": b"code"}
     assert compiled._read(tmp_path / "kernels") == {"norm": b"code"}
-    assert compiled._kept(tmp_path / "not there" / "kernels", False) == {"norm": b"code"}
+    assert compiled._kept(tmp_path / "not there" / "kernels", "fp32", False) == {"norm": b"code"}
 
 
 def test_code_that_others_could_change_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = compiled.own_folder()
+    folder = compiled.own_folder("fp32")
     assert folder is not None
     assert compiled._read(folder) is None
     compiled._write(folder, {"norm": b"first"})
@@ -732,4 +732,4 @@ def test_code_that_others_could_change_is_not_read(monkeypatch: pytest.MonkeyPat
     assert compiled._read(folder) == {"norm": b"first"}
     assert [each.name for each in folder.parent.iterdir()] == [folder.name]
     folder.parent.chmod(0o777)
-    assert compiled.own_folder() is None
+    assert compiled.own_folder("fp32") is None

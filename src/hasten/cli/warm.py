@@ -60,7 +60,7 @@ def _cpu_kernels() -> str:
         return f"kernels in {folder}"
     from hasten.ops.native.compiled import kernel_folder, own_folder
 
-    why = "other users can write to it" if own_folder() is None else "it cannot be written, or its disk is full"
+    why = "other users can write to it" if own_folder("fp32") is None else "it cannot be written, or its disk is full"
     raise ConfigError(
         f"kernels were not kept in {kernel_folder()}: {why}; set XDG_CACHE_HOME to a folder of your own with room"
     )

@@ -132,7 +132,9 @@ class Worker:
         """The model of this rank with its weights."""
         if self.device.type == "cpu":
             with self.start_times.phase("compile"):
-                ops.compile_cpu_kernels(show_progress=config.progress_bars)
+                ops.compile_cpu_kernels(
+                    dtype, quantized=self.quantization is not None, show_progress=config.progress_bars
+                )
         phase, explained = self.start_times.phase("weights"), explained_out_of_memory("loading the model", advice)
         with phase, explained, ops.fixed_order(config.deterministic):
             return build_model(

@@ -75,15 +75,20 @@ def compiled_together(processes: int) -> AbstractContextManager[None]:
     return compiling.compiled_together(processes)
 
 
-def compile_cpu_kernels(*, show_progress: bool) -> None:
+def compile_cpu_kernels(dtype: torch.dtype, *, quantized: bool, show_progress: bool) -> None:
     """Compile the kernels for a CPU, or read what an earlier start has compiled; nothing where numba is not installed.
 
-    `show_progress` draws a bar while they are compiled, if standard error is a terminal.
+    `dtype` and `quantized`: what a model computes in, and whether its weights have 8 or 4 bits. `show_progress` draws a
+    bar while kernels are compiled, if standard error is a terminal.
     """
     if native.are_installed():
         from hasten.ops.native import compiled
 
-        compiled.prepare(show_progress=show_progress)
+        compiled.prepare("fp32", show_progress=show_progress)
+        if dtype == torch.bfloat16:
+            compiled.prepare("bf16", show_progress=show_progress)
+        if quantized and compiled.multiplies_bytes():
+            compiled.prepare("bytes", show_progress=show_progress)
         native.kernels()
 
 
@@ -96,10 +101,9 @@ def kept_kernels() -> Path | None:
     """The folder that later starts read the kernels for a CPU from; None where there are none, or they are not kept."""
     if native.kernels() is None:
         return None
-    from hasten.ops.native.compiled import own_folder
+    from hasten.ops.native.compiled import are_kept, kernel_folder
 
-    folder = own_folder()
-    return folder if folder is not None and folder.is_dir() else None
+    return kernel_folder() if are_kept() else None
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from hasten.ops.native.launch import Kernel, empty, launch
 
 _HEADS = 16
 """Most query heads that share a key head."""
-_attention = {torch.float32: Kernel("attention", "21q2d"), torch.bfloat16: Kernel("half_attention", "21q2d")}
-_store = {torch.float32: Kernel("store", "13q"), torch.bfloat16: Kernel("half_store", "13q")}
+_attention = {torch.float32: Kernel("attention", "21q2d"), torch.bfloat16: Kernel("half_attention", "21q2d", "bf16")}
+_store = {torch.float32: Kernel("store", "13q"), torch.bfloat16: Kernel("half_store", "13q", "bf16")}
 CACHES = tuple(_store)
 """Types of caches that the kernels know."""
 

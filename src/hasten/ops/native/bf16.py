@@ -22,8 +22,8 @@ _MULTIPLE = 32
 _TILE_ROWS = 16
 _FEW_ROWS = 8
 """Rows up to which one tile has room for both numbers of each, and AVX-512 BF16 is not used."""
-_by_widening = Kernel("half_product", "12q")
-_gather = Kernel("gather_halves", "9q")
+_by_widening = Kernel("half_product", "12q", "bf16")
+_gather = Kernel("gather_halves", "9q", "bf16")
 
 
 def pack(weight_oh: Tensor) -> Tensor:
@@ -80,17 +80,19 @@ def product(
 @cache
 def _by_tiles() -> Kernel | None:
     """With AMX, which a process must ask the system for."""
-    return Kernel("tiles_product", "12q") if compiled.multiplies_pair_tiles() and torch.cpu._init_amx() else None
+    return (
+        Kernel("tiles_product", "12q", "bf16") if compiled.multiplies_pair_tiles() and torch.cpu._init_amx() else None
+    )
 
 
 @cache
 def _by_pairs() -> Kernel | None:
-    return Kernel("pairs_product", "12q") if compiled.multiplies_pairs() else None
+    return Kernel("pairs_product", "12q", "bf16") if compiled.multiplies_pairs() else None
 
 
 @cache
 def _round_to_tiles() -> Kernel:
-    return Kernel("round_to_tiles", "6q")
+    return Kernel("round_to_tiles", "6q", "bf16")
 
 
 def rounded_kernel() -> Kernel | None:

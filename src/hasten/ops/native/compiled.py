@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import llvmlite.binding as llvm
 
@@ -22,13 +23,17 @@ from hasten.core.errors import ConfigError
 from hasten.core.kernel_cache import check_kernel_cache
 from hasten.core.progress import progress_bar
 
+Kind = Literal["fp32", "bf16", "bytes"]
+"""What kernels are compiled together: those that every start needs, those of weights or keys and values in bf16, and
+those of weights in 8 or 4 bits."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _CODE = Path(__file__).parent / "code"
 _LONGEST_TURN_S, _LOOK_S = 120.0, 0.05
-"""How long to wait for another process that compiles, some 20 s of a free core, and how often to look."""
+"""How long to wait for another process that compiles, some 15 s of a free core, and how often to look."""
 _engines: list[Any] = []
 """Code is freed with its engine."""
-_code: dict[str, bytes] = {}
-"""Machine code of all kernels, by name, once it has been read or compiled."""
+_code: dict[Kind, dict[str, bytes]] = {}
+"""Machine code of the kernels of a kind, by name, once it has been read or compiled."""
 _log = logging.getLogger(__name__)
 
 
@@ -38,24 +43,30 @@ def kernel_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return (Path(folder) if folder else Path("~/.cache").expanduser()) / "hasten" / "kernels"
 
 
-def prepare(*, show_progress: bool = False) -> None:
-    """Read the machine code of all kernels, or compile it, which a bar shows on a terminal if `show_progress`."""
-    if _code:
+def prepare(kind: Kind, *, show_progress: bool = False) -> None:
+    """Read the machine code of a kind, or compile it, which a bar shows on a terminal if `show_progress`."""
+    if kind in _code:
         return
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    folder = own_folder()
+    folder = own_folder(kind)
     code = None if folder is None else _read(folder)
     if code is None:
-        code = _compiled(show_progress) if folder is None else _kept(folder, show_progress)
-    _code.update(code)
+        code = _compiled(kind, show_progress) if folder is None else _kept(folder, kind, show_progress)
+    _code[kind] = code
 
 
 @cache
-def addresses() -> dict[str, int]:
-    """The address of each kernel, by its name; they are compiled where that has not been done."""
-    prepare()
-    return {name: _loaded(name, content) for name, content in _code.items()}
+def addresses(kind: Kind) -> dict[str, int]:
+    """The address of each kernel of a kind, by its name; they are compiled where that has not been done."""
+    prepare(kind)
+    return {name: _loaded(name, content) for name, content in _code[kind].items()}
+
+
+def are_kept() -> bool:
+    """Whether later starts read the kernels that this process has."""
+    folders = [own_folder(kind) for kind in _code]
+    return all(folder is not None and folder.is_dir() for folder in folders)
 
 
 @cache
@@ -82,7 +93,7 @@ def multiplies_pair_tiles() -> bool:
     return multiplies_pairs() and bool(llvm.get_host_cpu_features().get("amx-bf16"))
 
 
-def own_folder() -> Path | None:
+def own_folder(kind: Kind) -> Path | None:
     """The folder for this code on this processor, there or not; None where what is in it could be another user's."""
     folder = kernel_folder()
     try:
@@ -94,15 +105,15 @@ def own_folder() -> Path | None:
         digest.update(file.read_bytes())
     processor = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
     digest.update("\n".join((version("numba"), version("llvmlite"), *processor)).encode())
-    return folder / digest.hexdigest()[:32]
+    return folder / f"{digest.hexdigest()[:32]}-{kind}"
 
 
-def _kept(folder: Path, show_progress: bool) -> dict[str, bytes]:
+def _kept(folder: Path, kind: Kind, show_progress: bool) -> dict[str, bytes]:
     """Compile the kernels and keep them, or read those that another process was compiling meanwhile."""
     with _turn(folder.parent):
         code = _read(folder)
         if code is None:
-            code = _compiled(show_progress)
+            code = _compiled(kind, show_progress)
             with suppress(OSError):  # a full disk, for one: the next start compiles again
                 _write(folder, code)
     return code
@@ -133,7 +144,7 @@ def _locked(descriptor: int) -> bool:
 
 
 def _read(folder: Path) -> dict[str, bytes] | None:
-    """The code of all kernels, by name; None where it is not there."""
+    """The code of a kind, by name; None where it is not there."""
     with suppress(OSError):
         return {file.stem: file.read_bytes() for file in folder.glob("*.o")} or None
     return None
@@ -149,40 +160,20 @@ def _write(folder: Path, code: dict[str, bytes]) -> None:
         library.rename(folder)
 
 
-def _compiled(show_progress: bool) -> dict[str, bytes]:
-    """Machine code of all kernels for this processor, by name; of each the function `hasten_NAME`."""
+def _compiled(kind: Kind, show_progress: bool) -> dict[str, bytes]:
+    """Machine code of a kind for this processor, by name; of each the function `hasten_NAME`."""
     from numba import cfunc, types
 
-    from hasten.ops.native.code import (  # noqa: F401 - they add to KERNELS
-        attention,
-        beams,
-        bf16,
-        choice,
-        draw,
-        edits,
-        logprobs,
-        norms,
-        products,
-        prompts,
-        rows,
-        teams,
-    )
-
-    if multiplies_bytes():
-        from hasten.ops.native.code import integers  # noqa: F401
-    if multiplies_pairs():
-        from hasten.ops.native.code import rounded  # noqa: F401
-    if multiplies_pair_tiles():
-        from hasten.ops.native.code import pair_tiles  # noqa: F401
-    if multiplies_tiles():
-        from hasten.ops.native.code import tiles  # noqa: F401
+    for module in _modules(kind):
+        import_module(f"{__package__}.code.{module}")  # adds to KERNELS
     from hasten.ops.native.code.functions import KERNELS, TEAMS
 
-    functions: list[tuple[str, Any, int]] = [(name, function, 3) for name, function in KERNELS.items()]
-    functions += [(name, function, 1) for name, function in TEAMS.items()]
+    functions: list[tuple[str, Any, int]] = [(name, function, 3) for name, function in KERNELS[kind].items()]
+    if kind == "fp32":
+        functions += [(name, function, 1) for name, function in TEAMS.items()]
     code = {}
     start = time.perf_counter()
-    _log.info("compiling kernels for this processor, which takes some 20 s of a core")
+    _log.info("compiling kernels for this processor, which takes up to 20 s of a core")
     with progress_bar("Compiling kernels, once for this processor", len(functions), show=show_progress) as bar:
         for name, function, count in functions:
             compiled = cfunc(types.void(*[types.int64] * count), error_model="numpy")(function)
@@ -192,6 +183,18 @@ def _compiled(show_progress: bool) -> dict[str, bytes]:
             bar.advance()
     _log.info("compiled kernels in %.1f s", time.perf_counter() - start)
     return code
+
+
+def _modules(kind: Kind) -> tuple[str, ...]:
+    """The modules of code with the kernels of a kind that the processor can run."""
+    if kind == "bf16":
+        by_pairs, by_tiles = ("rounded",) * multiplies_pairs(), ("pair_tiles",) * multiplies_pair_tiles()
+        return "attention", "bf16", "prompts", *by_pairs, *by_tiles
+    if kind == "bytes":
+        return "integers", *("tiles",) * multiplies_tiles()
+    return (
+        "attention", "beams", "choice", "draw", "edits", "logprobs", "norms", "products", "prompts", "rows", "teams",
+    )  # fmt: skip
 
 
 def _machine_code(text: str, name: str) -> bytes:

@@ -24,8 +24,8 @@ _MULTIPLE = 16
 """Columns of a group come in multiples of this number."""
 _MOST_COLUMNS = 1 << 16
 """Of a group: sums of their products fit into int32, of bytes up to 255 by numbers up to 127."""
-_integers = Kernel("integers", "19q")
-_round_rows = Kernel("round_rows", "12q")
+_integers = Kernel("integers", "19q", "bytes")
+_round_rows = Kernel("round_rows", "12q", "bytes")
 _TILE = 16
 """Rows of int8 that stand together for the kernel of many rows."""
 _STEP = 64
@@ -37,7 +37,7 @@ _MOST_WITHOUT_TILES = 8
 @cache
 def tiles() -> Kernel | None:
     """The kernel of many rows; None on a processor without AMX, or where the system gives none to this process."""
-    return Kernel("tiles", "20q") if compiled.multiplies_tiles() and torch.cpu._init_amx() else None
+    return Kernel("tiles", "20q", "bytes") if compiled.multiplies_tiles() and torch.cpu._init_amx() else None
 
 
 def fits(columns: int, group_size: int) -> bool:

@@ -9,6 +9,7 @@ import math
 import struct
 import threading
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hasten.ops.native import pages
-from hasten.ops.native.compiled import addresses
+from hasten.ops.native.compiled import Kind, addresses
 
 if TYPE_CHECKING:
     from hasten.ops.native.record import Recording
@@ -32,11 +33,16 @@ _WORDS = 64
 class Kernel:
     """A compiled kernel and the form of its arguments."""
 
-    def __init__(self, name: str, arguments: str) -> None:
+    def __init__(self, name: str, arguments: str, kind: Kind = "fp32") -> None:
         """`arguments`: a letter each, `q` for whole numbers and addresses, `d` for floating-point numbers."""
-        self.address = addresses()[name]
+        self._name, self._kind = name, kind
         self.arguments = struct.Struct(f"=2q{arguments}")
         """What a launch has of it: its address, that of its arguments, and these."""
+
+    @cached_property
+    def address(self) -> int:
+        """Of its machine code; kernels of its kind are compiled where that has not been done."""
+        return addresses(self._kind)[self._name]
 
 
 HEAD = 48
@@ -83,8 +89,8 @@ def head(count: int) -> bytes:
     return struct.pack("=6q", *_threads.functions, count, 0, 0)
 
 
-_run_team = addresses()["team"]
-_run_alone = ctypes.CFUNCTYPE(None, ctypes.c_int64)(addresses()["alone"])
+_run_team = addresses("fp32")["team"]
+_run_alone = ctypes.CFUNCTYPE(None, ctypes.c_int64)(addresses("fp32")["alone"])
 _memory = _Memory()
 
 

@@ -7,7 +7,7 @@ from hasten.ops.native.launch import Kernel, empty, launch
 
 _HEAD_SIZE = 512
 """Largest head for which the kernel has room."""
-_prompts = {torch.float32: Kernel("prompts", "23q2d"), torch.bfloat16: Kernel("half_prompts", "23q2d")}
+_prompts = {torch.float32: Kernel("prompts", "23q2d"), torch.bfloat16: Kernel("half_prompts", "23q2d", "bf16")}
 
 
 def fits(head_size: int) -> bool:

@@ -7,7 +7,7 @@ Each key is read once, for all query heads that share it.
 
 import numpy as np
 
-from hasten.ops.native.code.functions import kernel, part
+from hasten.ops.native.code.functions import kernel, kernel_of, part
 from hasten.ops.native.code.simd import (
     add,
     div,
@@ -295,7 +295,7 @@ def _attention(p, thread, threads):
     _attend_all(p, thread, threads, 0)
 
 
-@kernel
+@kernel_of("bf16")
 def _half_attention(p, thread, threads):
     """As `attention`, with caches in bf16."""
     _attend_all(p, thread, threads, 1)
@@ -356,7 +356,7 @@ def _store(p, thread, threads):
     _store_all(p, thread, threads, 0)
 
 
-@kernel
+@kernel_of("bf16")
 def _half_store(p, thread, threads):
     """As `store`, with caches in bf16."""
     _store_all(p, thread, threads, 1)

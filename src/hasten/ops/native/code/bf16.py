@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from hasten.ops.native.code.functions import kernel, part
+from hasten.ops.native.code.functions import kernel_of, part
 from hasten.ops.native.code.products import copy, finish
 from hasten.ops.native.code.simd import (
     BYTES,
@@ -168,7 +168,7 @@ def _add_rest(x, stride, panel, first, inputs, tile, rows):
                 store(to + at, fma(value, load(weights + at), load(to + at)))
 
 
-@kernel
+@kernel_of("bf16")
 def _gather_halves(p, thread, threads):
     """Rows `ids` [t] of a table in bf16: out [t, h].
 
@@ -184,7 +184,7 @@ def _gather_halves(p, thread, threads):
             store_f32(to + 4 * at, load_half(row + at // 2 * apart + at % 2 * 2))
 
 
-@kernel
+@kernel_of("bf16")
 def _half_product(p, thread, threads):
     """`activation(x @ w.T + bias) + residual` of rows in fp32, as `product` in `products.py`."""
     rows, inputs, outputs = load_i64(p), load_i64(p + 8), load_i64(p + 16)

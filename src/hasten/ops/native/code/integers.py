@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from hasten.ops.native.code.functions import kernel, part
+from hasten.ops.native.code.functions import kernel_of, part
 from hasten.ops.native.code.products import copy, finish
 from hasten.ops.native.code.simd import (
     I32,
@@ -192,7 +192,7 @@ def add_group(whole, tile, rows, digits, sums, sums_stride, scales, zeros, zero,
             store(to, mul(value, load(scales + at)) if first else fma(value, load(scales + at), load(to)))
 
 
-@kernel
+@kernel_of("bytes")
 def _integers(p, thread, threads):
     """`activation(x @ w.T + bias) + residual`: out [t, o], the residual's rows [t] by their numbers, or as they are."""
     rows, outputs, groups, group = load_i64(p), load_i64(p + 8), load_i64(p + 16), load_i64(p + 24)
@@ -274,7 +274,7 @@ def _sum_of_bytes(address, count, step, apart):
     return total_whole(total)
 
 
-@kernel
+@kernel_of("bytes")
 def _round_rows(p, thread, threads):
     """Rows [t, h] as int8 numbers, units [t], and sums of the numbers of groups [t, digits, g].
 

@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from hasten.ops.native.code.bf16 import LINE, element, plus, repeated
-from hasten.ops.native.code.functions import kernel, part
+from hasten.ops.native.code.functions import kernel_of, part
 from hasten.ops.native.code.rounded import TILE, VECTORS, product_of
 from hasten.ops.native.code.simd import (
     BYTES,
@@ -110,7 +110,7 @@ def _multiply(x, apart, row, left, lower, panel, steps, tile):
 _product = product_of(_multiply, 32)
 
 
-@kernel
+@kernel_of("bf16")
 def _tiles_product(p, thread, threads):
     """As `half_product`, of rows in tiles."""
     shape = _shape()

@@ -10,7 +10,7 @@ of all heads that share a key head. A query's sums have the same order in any ba
 import numpy as np
 
 from hasten.ops.native.code.attention import NOTHING, adjust, load_cached, scale_head, softened
-from hasten.ops.native.code.functions import kernel, part
+from hasten.ops.native.code.functions import kernel, kernel_of, part
 from hasten.ops.native.code.products import multiply
 from hasten.ops.native.code.simd import (
     add,
@@ -336,7 +336,7 @@ def _prompts(p, thread, threads):
     _attend_all(p, thread, threads, 0)
 
 
-@kernel
+@kernel_of("bf16")
 def _half_prompts(p, thread, threads):
     """As `prompts`, with caches in bf16."""
     _attend_all(p, thread, threads, 1)

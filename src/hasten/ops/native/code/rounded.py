@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from hasten.ops.native.code.bf16 import LINE, element, plus, repeated
-from hasten.ops.native.code.functions import kernel, part
+from hasten.ops.native.code.functions import kernel_of, part
 from hasten.ops.native.code.products import copy, finish
 from hasten.ops.native.code.simd import (
     BYTES,
@@ -76,7 +76,7 @@ def _round(source, to, lower):
             store_halves(to + lower + at, sub(values, load_halves(to + at)))
 
 
-@kernel
+@kernel_of("bf16")
 def _round_to_tiles(p, thread, threads):
     """Rows [t, h] in bf16 in tiles of 16 rows by 32 features: out [t / 16, h / 32, 16, 32], both rounded up.
 
@@ -187,7 +187,7 @@ def _multiply(x, apart, row, left, lower, panel, steps, tile):
 _product = product_of(_multiply, _ROWS)
 
 
-@kernel
+@kernel_of("bf16")
 def _pairs_product(p, thread, threads):
     """As `half_product`, of rows in tiles."""
     _product(p, thread, threads)

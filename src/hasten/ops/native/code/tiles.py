@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from hasten.ops.native.code.functions import kernel, part
+from hasten.ops.native.code.functions import kernel_of, part
 from hasten.ops.native.code.integers import add_group, halves, sum_of_group
 from hasten.ops.native.code.products import copy, finish
 from hasten.ops.native.code.simd import (
@@ -215,7 +215,7 @@ def _scaled_line(whole, tile, digits, sums, sums_stride, scales, zeros, zero, un
         store(line + at, mul(value, splat(unit)))
 
 
-@kernel
+@kernel_of("bytes")
 def _tiles(p, thread, threads):
     """As `integers` in integers.py, of rows of int8 that stand in tiles."""
     rows, outputs, groups, group = load_i64(p), load_i64(p + 8), load_i64(p + 16), load_i64(p + 24)
