@@ -276,4 +276,4 @@ def test_a_model_that_does_not_continue_texts(tmp_path: Path, hasten_here: "Hast
     folder = save_encoder(tmp_path / "bert", "Bert", num_hidden_layers=1)
     done = hasten_here("report", folder, "-o", tmp_path / "page.html")
     assert done.status == 2
-    assert "no decoder that continues texts" in done.err
+    assert "BertModel generates no text; hasten report is for models that do" in done.err

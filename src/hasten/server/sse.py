@@ -96,6 +96,7 @@ async def unless_gone(scope: Scope, work: Coroutine[Any, Any, Result]) -> Result
         task.cancel()
 
     flow.on_gone = leave
+    flow.resume_reading()  # a large body has paused it, and the connection's end would not be seen
     if flow.is_gone:
         leave()
     try:
