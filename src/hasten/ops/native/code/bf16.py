@@ -81,7 +81,7 @@ def element(b: Any, base: Any, number: Any, size: int) -> Any:
 
 
 def plus(b: Any, address: Any, size: int) -> Any:
-    """So many bytes further on."""
+    """`size` bytes further on."""
     return b.add(address, ir.Constant(I64, size))
 
 
@@ -113,9 +113,9 @@ def _loop(rows: int) -> Any:
                     inputs = [
                         spread(b, read(b, F32, plus(b, element(b, start, number, 8), 4 * feature))) for start in starts
                     ]
-                    for place, total in enumerate(sums):
-                        row, n = divmod(place, _VECTORS)
-                        sums[place] = fused(b, inputs[row], widened[feature][n], total)
+                    for index, total in enumerate(sums):
+                        row, n = divmod(index, _VECTORS)
+                        sums[index] = fused(b, inputs[row], widened[feature][n], total)
             return sums
 
         zeros = [constant(0.0)] * (rows * _VECTORS)

@@ -9,12 +9,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from hasten.ops.native.code.amx import configure, moved, release, tile
 from hasten.ops.native.code.bf16 import LINE, element, plus, repeated
 from hasten.ops.native.code.functions import kernel_of, part
 from hasten.ops.native.code.rounded import TILE, VECTORS, product_of
 from hasten.ops.native.code.simd import (
     BYTES,
-    I8,
     I64,
     called,
     prefetched,
@@ -36,64 +36,37 @@ def _tiles(blocks: int, lines: int) -> Any:
     """
 
     def code(context, b, _signature, args):
-        x, apart, panel, steps, tile, following = args
+        x, apart, panel, steps, sums, following = args
 
-        def byte(number: int) -> Any:
-            return ir.Constant(I8, number)
-
-        def moved(name: str, number: int, address: Any, stride: int) -> None:
-            pointer = b.inttoptr(address, I8.as_pointer())
-            called(b, f"llvm.x86.{name}", ir.VoidType(), [byte(number), pointer, ir.Constant(I64, stride)])
+        far, near = ir.Constant(I64, LINE), ir.Constant(I64, 64)
 
         def body(at: Any, _held: list[Any]) -> list[Any]:
             weights, fetched = element(b, panel, at, 16 * LINE), element(b, following, at, 64 * lines)
             for line in range(lines):
                 prefetched(b, [plus(b, fetched, 64 * line)], level=2)
             for n in range(VECTORS):
-                moved("tileloadd64", 6 + n, plus(b, weights, n * BYTES), LINE)
+                moved(b, "tileloadd64", 6 + n, plus(b, weights, n * BYTES), far)
             for block in range(blocks):
                 start = element(b, x, at, TILE)
                 start = b.add(start, b.mul(apart, ir.Constant(I64, block)))
-                moved("tileloadd64", 4 + block, start, 64)
+                moved(b, "tileloadd64", 4 + block, start, near)
                 for n in range(VECTORS):
-                    numbers = [byte(VECTORS * block + n), byte(4 + block), byte(6 + n)]
+                    numbers = [tile(VECTORS * block + n), tile(4 + block), tile(6 + n)]
                     called(b, "llvm.x86.tdpbf16ps", ir.VoidType(), numbers)
             return []
 
         for number in range(VECTORS * blocks):
-            called(b, "llvm.x86.tilezero", ir.VoidType(), [byte(number)])
+            called(b, "llvm.x86.tilezero", ir.VoidType(), [tile(number)])
         repeated(b, steps, 1, [], body)
         for block in range(blocks):
             for n in range(VECTORS):
-                moved("tilestored64", VECTORS * block + n, plus(b, tile, 16 * LINE * block + n * BYTES), LINE)
+                moved(b, "tilestored64", VECTORS * block + n, plus(b, sums, 16 * LINE * block + n * BYTES), far)
         return context.get_dummy_value()
 
     return intrinsic(lambda _context, x, apart, panel, steps, tile, following: (types.void(*[types.int64] * 6), code))
 
 
 _block, _first_blocks, _two_blocks = _tiles(1, 32), _tiles(2, 32), _tiles(2, 0)
-
-
-@intrinsic
-def _begin_tiles(_context, shape):
-    """Give the tiles of this thread a shape."""
-
-    def code(context, b, _signature, args):
-        called(b, "llvm.x86.ldtilecfg", ir.VoidType(), [b.inttoptr(args[0], I8.as_pointer())])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), code
-
-
-@intrinsic
-def _end_tiles(_context):
-    """Let the tiles of this thread go."""
-
-    def code(context, b, _signature, _args):
-        called(b, "llvm.x86.tilerelease", ir.VoidType(), [])
-        return context.get_dummy_value()
-
-    return types.void(), code
 
 
 @part
@@ -116,6 +89,6 @@ def _tiles_product(p, thread, threads):
     shape = _shape()
     for word, content in enumerate(_SHAPE):
         store_i64(shape + 8 * word, content)
-    _begin_tiles(shape)
+    configure(shape)
     _product(p, thread, threads)
-    _end_tiles()
+    release()

@@ -12,11 +12,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from hasten.ops.native.code.amx import configure, moved, release, tile
 from hasten.ops.native.code.functions import kernel_of, part
 from hasten.ops.native.code.integers import add_group, halves, sum_of_group
 from hasten.ops.native.code.products import copy, finish
 from hasten.ops.native.code.simd import (
-    I8,
     I64,
     called,
     fma,
@@ -44,18 +44,8 @@ _LINES = 8
 """Lines of the following part of a panel that come to the second-level cache with each step of 64 columns."""
 _BLOCKS = 4
 """Times two tiles of rows while which they do, so that all of the part comes."""
-
-
 _RESULTS = 2
 """Rows of results that come to the caches with each step: else a processor waits for each line that it writes."""
-
-
-def _tile(number: int) -> ir.Constant:
-    return ir.Constant(I8, number)
-
-
-def _address(b: Any, address: Any) -> Any:
-    return b.inttoptr(address, I8.as_pointer())
 
 
 def _loop(sides: int, *, fetches: bool = False) -> Any:
@@ -88,18 +78,15 @@ def _loop(sides: int, *, fetches: bool = False) -> Any:
             for half in range(2):
                 prefetched(b, [b.add(row, ir.Constant(I64, 64 * half))], writes=True)
 
-        def loaded(tile: int, address: Any, stride: Any) -> None:
-            called(b, "llvm.x86.tileloadd64", ir.VoidType(), [_tile(tile), _address(b, address), stride])
-
         def multiplied(side: int, half: int) -> None:
-            operands = [_tile(2 * side + half), _tile(4 + side), _tile(6 + half)]
+            operands = [tile(2 * side + half), tile(4 + side), tile(6 + half)]
             called(b, "llvm.x86.tdpbsud", ir.VoidType(), operands)
 
         for side in range(sides):
-            loaded(4 + side, rows if side == 0 else b.add(rows, apart), depth)
+            moved(b, "tileloadd64", 4 + side, rows if side == 0 else b.add(rows, apart), depth)
             for half in range(2):
                 if side == 0:
-                    loaded(6 + half, b.add(line, ir.Constant(I64, 64 * half)), ir.Constant(I64, 128))
+                    moved(b, "tileloadd64", 6 + half, b.add(line, ir.Constant(I64, 64 * half)), ir.Constant(I64, 128))
                 multiplied(side, half)
         after_this = b.add(at, ir.Constant(I64, 1))
         at.add_incoming(after_this, body)
@@ -124,8 +111,7 @@ def _with_sums(generate: Any) -> Any:
                 b.cbranch(b.icmp_signed(">", sides, ir.Constant(I64, 1)), second, after)
                 b.position_at_end(second)
             for half in range(2):
-                address = _address(b, b.add(whole, ir.Constant(I64, 128 * 16 * side + 64 * half)))
-                generate(b, _tile(2 * side + half), address)
+                generate(b, 2 * side + half, b.add(whole, ir.Constant(I64, 128 * 16 * side + 64 * half)))
         b.branch(after)
         b.position_at_end(after)
         return context.get_dummy_value()
@@ -134,27 +120,12 @@ def _with_sums(generate: Any) -> Any:
 
 
 def _moved(name: str) -> Any:
-    def generate(b: Any, tile: Any, address: Any) -> None:
-        called(b, name, ir.VoidType(), [tile, address, ir.Constant(I64, 128)])
-
-    return _with_sums(generate)
-
-
-def _simple(name: str, *, takes_address: bool) -> Any:
-    def code(context, b, _signature, args):
-        called(b, name, ir.VoidType(), [_address(b, each) for each in args])
-        return context.get_dummy_value()
-
-    if takes_address:
-        return intrinsic(lambda _context, address: (types.void(types.int64), code))
-    return intrinsic(lambda _context: (types.void(), code))
+    return _with_sums(lambda b, number, address: moved(b, name, number, address, ir.Constant(I64, 128)))
 
 
 _both, _both_and_next, _single = _loop(2), _loop(2, fetches=True), _loop(1)
-_clear = _with_sums(lambda b, tile, _address: called(b, "llvm.x86.tilezero", ir.VoidType(), [tile]))
-_resume, _keep = _moved("llvm.x86.tileloadd64"), _moved("llvm.x86.tilestored64")
-_configure = _simple("llvm.x86.ldtilecfg", takes_address=True)
-_release = _simple("llvm.x86.tilerelease", takes_address=False)
+_clear = _with_sums(lambda b, number, _address: called(b, "llvm.x86.tilezero", ir.VoidType(), [tile(number)]))
+_resume, _keep = _moved("tileloadd64"), _moved("tilestored64")
 
 
 def _unpack_unit(_context, source, target):
@@ -191,7 +162,7 @@ def _shape(form, rows, depth):
     store_i32(form + 24, np.int32(depth | depth << 16))
     store_i32(form + 48, np.int32(first | first << 8 | second << 16 | second << 24))
     store_i32(form + 52, np.int32(first | second << 8 | depth // 4 << 16 | depth // 4 << 24))
-    _configure(form)
+    configure(form)
 
 
 @part
@@ -298,4 +269,4 @@ def _tiles(p, thread, threads):
                                 own = residual + own * residual_stride + column if residual else 0
                                 to = out + stride * (token + each) + column
                                 finish(line, bias_here, own, to, outputs_here, activation, other)
-    _release()
+    release()
